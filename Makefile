@@ -1,0 +1,64 @@
+# Two commands: `make demo` (videos in, trained model and sampled videos out) and `make test` (lint and all tests).
+# Both build the environment first, once. Needs python3 (3.11 or later) with venv, and a network for the packages.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/demo
+
+# Tests start several ranks on few cores; one thread each is fastest.
+export OMP_NUM_THREADS ?= 1
+
+STAMP := $(VENV)/.built
+
+.PHONY: help env demo test lint format unit distributed pytest test-mcore-latest clean
+
+help:
+	@echo "make demo               environment, demo videos, shards, training on 4 CPU ranks, sampled video; under runs/demo"
+	@echo "make test               environment, lint, all tests, and the distributed ones again on the newest megatron-core"
+	@echo "make env                the environment alone, in $(VENV)"
+	@echo "make lint | format      what CI checks of the source | rewrite it so"
+	@echo "make unit | distributed parts of the tests"
+	@echo "make test-mcore-latest  distributed tests on the newest megatron-core's sources (skipped when offline)"
+	@echo "make clean              remove the environment and caches (not runs/)"
+
+env: $(STAMP)
+
+# Built anew when what is installed changes, not when the source does: the install is editable.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $(PYTHON) is older than 3.11; pass PYTHON=python3.12 (or another)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: env
+	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh $(DEMO)
+
+test: lint pytest test-mcore-latest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+pytest: env
+	$(BIN)/python -m pytest
+
+unit: env
+	$(BIN)/python -m pytest tests/unit tests/project
+
+distributed: env
+	$(BIN)/python -m pytest tests/distributed
+
+test-mcore-latest: env
+	$(BIN)/python tools/mcore_latest.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

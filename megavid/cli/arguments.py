@@ -1,0 +1,76 @@
+"""Taking a command's own options out of its arguments, so that what is left are config keys.
+
+Owns the two forms ``--name VALUE`` and ``--name=VALUE``. Config keys have a dot in their name, options have none.
+"""
+
+from megavid.errors import ConfigError
+
+
+def take_all(argv: list[str], name: str) -> list[str]:
+    """Remove every ``name`` with its value from ``argv`` and return the values, in order.
+
+    Raises:
+        ConfigError: one has no value.
+    """
+    values: list[str] = []
+    kept: list[str] = []
+    rest = iter(argv)
+    for item in rest:
+        if item == name:
+            value = next(rest, None)
+            if value is None or (value.startswith("--") and value != "--"):
+                raise ConfigError(f"{name} needs a value: {name} VALUE")
+            values.append(value)
+        elif item.startswith(f"{name}="):
+            values.append(item.partition("=")[2])
+        else:
+            kept.append(item)
+    argv[:] = kept
+    return values
+
+
+def take_option(argv: list[str], name: str) -> str:
+    """The value of an option that may come once; "" where it does not come.
+
+    Raises:
+        ConfigError: it comes twice, or has no value.
+    """
+    values = take_all(argv, name)
+    if len(values) > 1:
+        raise ConfigError(f"{name} was given {len(values)} times ({', '.join(values)}); give it once")
+    return values[0] if values else ""
+
+
+def take_flag(argv: list[str], name: str) -> bool:
+    """Whether an option without a value is there; it is removed."""
+    is_there = name in argv
+    argv[:] = [item for item in argv if item != name]
+    return is_there
+
+
+def whole_number(text: str, name: str, *, default: int, minimum: int = 1) -> int:
+    """``text`` as a number; ``default`` where it is "".
+
+    Raises:
+        ConfigError: it is none, or too small.
+    """
+    if not text:
+        return default
+    if not text.removeprefix("-").isdecimal() or int(text) < minimum:
+        raise ConfigError(f"{name} {text} must be a whole number, at least {minimum}")
+    return int(text)
+
+
+def decimal_number(text: str, name: str, *, default: float, minimum: float) -> float:
+    """``text`` as a number; ``default`` where it is "".
+
+    Raises:
+        ConfigError: it is none, or too small.
+    """
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        raise ConfigError(f"{name} {text} must be a number") from None
+    if not value >= minimum:
+        raise ConfigError(f"{name} {text} must be at least {minimum:g}")
+    return value

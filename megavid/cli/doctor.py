@@ -1,0 +1,238 @@
+"""``megavid doctor``: what this machine has, and what is therefore on or off.
+
+Owns the probes. Each answers with a row and never raises: a broken package is what people come here to find.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from megavid import __version__
+from megavid.cli.versions import VERSIONS
+
+HELP = "what this machine has (CUDA, Transformer Engine, apex, ...), and what is therefore on or off"
+
+
+_BROKEN = (ImportError, RuntimeError, OSError, AttributeError, NameError, TypeError, ValueError)
+"""What importing a package that does not fit this machine raises; TE without CUDA, a RuntimeError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One row of the report."""
+
+    name: str
+    """What was looked for."""
+    state: Literal["on", "off", "warn", "missing"]
+    """``off`` is fine (optional), ``missing`` is not (required), ``warn`` works but not as meant."""
+    found: str
+    """What was found."""
+    effect: str
+    """What follows from it."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the report; 0 unless something that megavid needs is missing (then 3)."""
+    parser = argparse.ArgumentParser(prog="megavid doctor", description=HELP)
+    parser.parse_args(argv)
+    findings = examine()
+    print(f"megavid {__version__} on {platform.platform()}, {os.cpu_count()} CPU cores\n")
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        print(f"{finding.state:8}{finding.name:{width}}  {finding.found}")
+        print(f"{'':8}{'':{width}}  -> {finding.effect}")
+    return 3 if any(finding.state == "missing" for finding in findings) else 0
+
+
+def examine() -> list[Finding]:
+    """All findings, required things first."""
+    probes: list[Callable[[], Finding]] = [
+        *(_python, _torch, _megatron_core, _cuda, _communication),
+        *(_transformer_engine, _apex, _deepspeed, _flex_dispatchers, _compiled_ops),
+        *(_inference, _video, _versions),
+    ]
+    return [probe() for probe in probes]
+
+
+def version_of(package: str) -> str:
+    """Version of an installed distribution, "" where there is none; imports nothing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def why_not(module: str) -> str:
+    """Import ``module`` and say why that failed, in one line; "" where it did not."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # megatron-core says what it lacks; so do the rows below
+            importlib.import_module(module)
+    except _BROKEN as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return ""
+
+
+def _python() -> Finding:
+    # No check of the least version: an older Python cannot read this file.
+    return Finding("Python", "on", f"{platform.python_version()} ({sys.executable})", "supported")
+
+
+def _torch() -> Finding:
+    version = version_of("torch")
+    trouble = why_not("torch") if version else "not installed"
+    if trouble:
+        return Finding("torch", "missing", f"{version} {trouble}".strip(), "nothing trains; see the README")
+    return Finding("torch", "on", version, "the engine and the ops")
+
+
+def _megatron_core() -> Finding:
+    version = version_of("megatron-core")
+    if not version:
+        return Finding("megatron-core", "missing", "not installed", "nothing trains; pip install megatron-core")
+    trouble = why_not("megatron.core")
+    if trouble:
+        return Finding("megatron-core", "missing", f"{version}: {trouble}", "nothing trains")
+    return Finding("megatron-core", "on", version, "the parallel engine")
+
+
+def _cuda() -> Finding:
+    if why_not("torch"):
+        return Finding("CUDA", "off", "torch cannot be imported", "no device can be asked for")
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "none (a CPU build of torch)"
+        return Finding("CUDA", "off", f"no device; torch's CUDA: {built}", "ranks run on CPU over gloo")
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = ", ".join(f"{device.name} {device.total_memory / 2**30:.0f} GiB" for device in devices)
+    found = f"{len(devices)} x [{names}], CUDA {torch.version.cuda}, driver {_driver()}"
+    return Finding("CUDA", "on", found, "ranks run on GPUs over NCCL")
+
+
+def _driver() -> str:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return "unknown (no nvidia-smi)"
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"
+    return (answer.stdout.split() or ["unknown"])[0]
+
+
+def _communication() -> Finding:
+    if why_not("torch"):
+        return Finding("communication", "missing", "torch cannot be imported", "no ranks")
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return Finding("communication", "missing", "torch.distributed is not built in", "one rank at most")
+    backends = {"nccl": dist.is_nccl_available(), "gloo": dist.is_gloo_available()}
+    found = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in backends.items())
+    state: Literal["on", "missing"] = "on" if any(backends.values()) else "missing"
+    return Finding("communication", state, found, "nccl for GPUs, gloo for CPU")
+
+
+def _transformer_engine() -> Finding:
+    name, version = "Transformer Engine", version_of("transformer-engine")
+    if not version:
+        return Finding(name, "off", "not installed", "megavid's own layers; no fused attention of TE, no FP8")
+    trouble = why_not("transformer_engine.pytorch")
+    if not trouble:
+        return Finding(name, "on", version, "layers of Transformer Engine on GPUs")
+    effect = "beside it megatron-core cannot be imported without CUDA: pip uninstall transformer-engine"
+    return Finding(name, "warn", f"{version}: {trouble}", effect)
+
+
+def _apex() -> Finding:
+    version = version_of("apex")
+    if not version:
+        return Finding("apex", "off", "not installed", "torch's Adam; no fused weight-gradient accumulation")
+    trouble = why_not("apex.optimizers")
+    if trouble:
+        effect = "PyPI's apex is another project: pip uninstall apex, and build NVIDIA's from source (Dockerfile)"
+        return Finding("apex", "warn", f"{version}: {trouble}", effect)
+    return Finding("apex", "on", version, "fused Adam and weight-gradient accumulation on GPUs")
+
+
+def _deepspeed() -> Finding:
+    # Only looked up: importing it may start a compiler.
+    version = version_of("deepspeed")
+    if not version:
+        return Finding("DeepSpeed", "off", "not installed", "nothing: it is a second backend that is not built yet")
+    return Finding("DeepSpeed", "off", version, "not used: the second backend is not built yet")
+
+
+def _flex_dispatchers() -> Finding:
+    found = [label for label, package in (("DeepEP", "deep-ep"), ("HybridEP", "hybrid-ep")) if version_of(package)]
+    if not found:
+        effect = 'parallel.dispatcher = "flex" is refused; alltoall and allgather work'
+        return Finding("DeepEP, HybridEP", "off", "not installed", effect)
+    return Finding("DeepEP, HybridEP", "on", ", ".join(found), 'parallel.dispatcher = "flex" on GPUs')
+
+
+def _compiled_ops() -> Finding:
+    effect = "every op runs as plain torch; there are no compiled ones in this version"
+    return Finding("compiled ops", "off", "not built", effect)
+
+
+def _inference() -> Finding:
+    versions = {package: version_of(package) for package in ("diffusers", "transformers")}
+    found = ", ".join(f"{package} {version or 'not installed'}" for package, version in versions.items())
+    if all(versions.values()):
+        return Finding("VAE, text encoder", "on", found, "Wan's VAE and UMT5 from a local folder")
+    effect = "the built-in DCT and SentencePiece; pip install 'megavid[inference]' for Wan's VAE and UMT5"
+    return Finding("VAE, text encoder", "off", found, effect)
+
+
+def _video() -> Finding:
+    version, trouble = version_of("av"), why_not("av")
+    if trouble:
+        return Finding("video (PyAV)", "missing", trouble, "no video is read or written; pip install av")
+    import av
+
+    codecs = [name for name in ("libx264", "h264", "mpeg4") if name in av.codecs_available]
+    libraries = av.library_versions.get("libavcodec", ())
+    found = f"av {version}, libavcodec {'.'.join(map(str, libraries))}, {', '.join(codecs)}"
+    return Finding("video (PyAV)", "on", found, "mp4 and GIF are read and written")
+
+
+def _versions() -> Finding:
+    name = "versions together"
+    torch_version = version_of("torch")
+    installed = {
+        "python": platform.python_version(),
+        "torch": torch_version,
+        "megatron_core": version_of("megatron-core"),
+        "transformer_engine": version_of("transformer-engine"),
+        "cuda": _torch_cuda(),
+    }
+    rows = [row for row in VERSIONS if row.accepts(**installed)]
+    found = ", ".join(f"{key} {value or '-'}" for key, value in installed.items())
+    if not rows:
+        return Finding(name, "warn", found, "not a row of the README's table of versions: it may work, nobody tried")
+    tested = rows[0].tested.startswith("tested")
+    return Finding(
+        name,
+        "on" if tested else "warn",
+        found,
+        f"README's table of versions: {rows[0].setting}, {rows[0].tested}",
+    )
+
+
+def _torch_cuda() -> str:
+    if why_not("torch"):
+        return ""
+    import torch
+
+    return torch.version.cuda or ""

@@ -1,0 +1,121 @@
+"""``megavid sample``: clips from prompts, with the weights of a checkpoint, in any layout.
+
+Owns the arguments and the files that come out. The sampler's loop is ``megavid.training.sampling``'s.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megavid.cli.arguments import decimal_number, take_all, take_flag, take_option, whole_number
+from megavid.cli.quiet import silence_known_warnings
+from megavid.errors import ConfigError
+from megavid.plan.layout import layout_of
+
+if TYPE_CHECKING:
+    from megavid.training.sample_run import SampleRequest
+
+HELP = "sample clips of prompts from a checkpoint, in any layout"
+
+USAGE = """\
+usage: megavid sample CHECKPOINT --prompt TEXT [--prompt TEXT ...] --out FILE.mp4 [options]
+
+  CHECKPOINT         a checkpoint folder, .../checkpoints/latest, or the folder of a run
+  --prompt TEXT      what to show; with several, the files are FILE_1.mp4, FILE_2.mp4, ...
+  --out FILE.mp4     where to write
+  --steps N          solver steps (30)
+  --guidance X       classifier-free guidance, 1 for none (4)
+  --seed N           seed of the start noise (0)
+  --sampler NAME     unipc or euler (unipc)
+  --frames N, --height N, --width N, --fps X
+                     size in pixels and frames per second (default: the usual size of the training data)
+  --weights NAME     ema or model (ema, where the checkpoint has it)
+  --tokenizer DIR    weights of the video tokenizer, for latents of a tokenizer that has some
+  --gif              write FILE.gif too
+  --sheet            write FILE.png too: every clip as a row of frames
+  --ranks N          ranks on this machine (1)
+  --parallel.KEY V   layout to sample in (default: every rank its own prompts); see megavid train --help
+"""
+
+SAMPLERS = ("unipc", "euler")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Sample; see ``USAGE``. Returns the exit status, raises ``MegavidError`` for every other one than 0."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
+    silence_known_warnings()
+
+    import torch
+
+    from megavid.parallel.launch import RankEnv, run_local_ranks
+    from megavid.training.run import local_device
+    from megavid.training.sample_run import SampleJob, sample_rank
+
+    request = parse(argv)
+    env = RankEnv.detect()
+    num_ranks = env.world_size if env.world_size > 1 else request.ranks
+    device = local_device(request.ranks)
+    if env.world_size == 1 and num_ranks > 1:
+        torch.set_num_threads(1)  # a pool of threads does not survive the fork of the ranks
+    job = SampleJob.of(request, num_ranks)
+    entry = functools.partial(sample_rank, job, layout_of(job.config, num_ranks), device)
+    if env.world_size > 1:
+        entry(env)
+    else:
+        run_local_ranks(entry, num_ranks, device)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> "SampleRequest":
+    """Take this command's own arguments; what is left are keys of ``parallel``.
+
+    Raises:
+        ConfigError: a missing, repeated or illegal argument.
+    """
+    from megavid.training.sample_run import SampleRequest
+
+    rest = list(argv)
+    text = {
+        name: take_option(rest, f"--{name}")
+        for name in (
+            "out", "steps", "guidance", "seed", "sampler", "frames", "height", "width", "fps", "weights",
+            "tokenizer", "ranks",
+        )
+    }  # fmt: skip
+    prompts = tuple(take_all(rest, "--prompt"))
+    has_gif, has_sheet = take_flag(rest, "--gif"), take_flag(rest, "--sheet")
+    if not rest or rest[0].startswith("-"):
+        raise ConfigError("the first argument must be a checkpoint folder, such as runs/tiny/checkpoints/latest")
+    if not prompts:
+        raise ConfigError("--prompt TEXT is missing: what to sample")
+    out = Path(text["out"])
+    if out.suffix != ".mp4":
+        raise ConfigError(f"--out {text['out'] or '(not given)'} must be a file that ends in .mp4")
+    for name, known in (("sampler", SAMPLERS), ("weights", ("ema", "model"))):
+        if text[name] and text[name] not in known:
+            raise ConfigError(f"--{name} {text[name]} must be one of {', '.join(known)}")
+    for item in rest[1:]:
+        if item.startswith("--") and not item.startswith("--parallel."):
+            raise ConfigError(f"unknown argument {item}; of the config keys only --parallel.* may be given here")
+    return SampleRequest(
+        checkpoint=Path(rest[0]),
+        prompts=prompts,
+        out=out,
+        steps=whole_number(text["steps"], "--steps", default=30),
+        guidance=decimal_number(text["guidance"], "--guidance", default=4.0, minimum=0.0),
+        seed=whole_number(text["seed"], "--seed", default=0, minimum=0),
+        sampler="euler" if text["sampler"] == "euler" else "unipc",
+        frames=whole_number(text["frames"], "--frames", default=0),
+        height=whole_number(text["height"], "--height", default=0),
+        width=whole_number(text["width"], "--width", default=0),
+        frame_rate=decimal_number(text["fps"], "--fps", default=0.0, minimum=0.0),
+        weights=text["weights"],
+        tokenizer=text["tokenizer"],
+        has_gif=has_gif,
+        has_sheet=has_sheet,
+        ranks=whole_number(text["ranks"], "--ranks", default=1),
+        overrides=tuple(rest[1:]),
+    )

@@ -1,0 +1,134 @@
+"""``megavid train``: checks everything that can be checked, then starts the ranks, or is one of them.
+
+Owns the arguments and the order of the checks. The loop is ``megavid.training.loop``'s. Nothing that imports torch is
+imported before the arguments are understood.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megavid.cli.arguments import take_option, whole_number
+from megavid.cli.quiet import silence_known_warnings
+from megavid.config.load import load_run, preset_names
+from megavid.config.schema import RunConfig
+from megavid.errors import ConfigError
+from megavid.plan.layout import layout_of
+
+HELP = "train a preset or a TOML file; the same command on the same folder goes on where it stopped"
+
+USAGE = """\
+usage: megavid train PRESET_OR_TOML --out DIR [--ranks N] [--resume-step N] [--section.key VALUE ...]
+
+  PRESET_OR_TOML   a preset ({presets}), or a file ending in .toml, such as DIR/run.toml
+  --out DIR        the run's folder: run.toml, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, ...
+  --ranks N        start N ranks on this machine (default 1; under torchrun or srun they are there already)
+  --resume-step N  go on from the checkpoint of step N instead of the latest
+
+The same command on the same DIR goes on after the latest checkpoint, in any layout.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asks for."""
+
+    preset: str
+    out: Path
+    ranks: int
+    resume_step: int
+    overrides: tuple[str, ...]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; see ``USAGE``. Returns the exit status, raises ``MegavidError`` for every other one than 0."""
+    if not argv or {"-h", "--help"} & set(argv):
+        from megavid.cli.help import config_help
+
+        print(USAGE.format(presets=", ".join(preset_names())))
+        print(config_help(_default_of(argv)))
+        return 0
+    request = parse(argv)
+    config = load_run(request.preset, request.overrides)
+    silence_known_warnings()
+
+    from megavid.parallel.launch import RankEnv, run_local_ranks
+
+    env = RankEnv.detect()
+    if env.world_size > 1 and request.ranks:
+        raise ConfigError(
+            f"--ranks {request.ranks} was given, but {env.world_size} ranks were started by torchrun or srun; "
+            "leave it out"
+        )
+    num_ranks = env.world_size if env.world_size > 1 else request.ranks or 1
+    layout = layout_of(config, num_ranks)
+
+    import torch
+
+    from megavid.training.run import local_device, run_rank
+    from megavid.training.run_dir import RunDir, RunLock
+
+    device = local_device(request.ranks or 1)
+    if request.ranks > 1:
+        torch.set_num_threads(1)  # a pool of threads does not survive the fork of the ranks
+    check(config, request.out)
+    run_dir = RunDir(request.out)
+    if env.world_size > 1:
+        run_rank(config, layout, device, run_dir, None, request.resume_step, env)
+        return 0
+    with RunLock(run_dir.path):
+        start = run_dir.decide(config, resume_step=request.resume_step)
+        if start.kind == "finished":
+            print(start.finished_text(config, run_dir.path))
+            return 0
+        entry = functools.partial(run_rank, config, layout, device, run_dir, start, request.resume_step)
+        run_local_ranks(entry, num_ranks, device)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Take this command's own arguments; what is left are config keys.
+
+    Raises:
+        ConfigError: a missing or repeated argument, or one that is no number.
+    """
+    rest = list(argv)
+    out = take_option(rest, "--out")
+    ranks = take_option(rest, "--ranks")
+    resume_step = take_option(rest, "--resume-step")
+    if not rest or rest[0].startswith("-"):
+        raise ConfigError(f"the first argument must be a preset ({', '.join(preset_names())}) or a .toml file")
+    if not out:
+        raise ConfigError("--out DIR is missing: the folder that the run is written to")
+    return Request(
+        preset=rest[0],
+        out=Path(out),
+        ranks=whole_number(ranks, "--ranks", default=0),
+        resume_step=whole_number(resume_step, "--resume-step", default=0),
+        overrides=tuple(rest[1:]),
+    )
+
+
+def _default_of(argv: Sequence[str]) -> RunConfig | None:
+    """The preset whose values ``--help`` shows, where one is named."""
+    return load_run(argv[0], []) if argv and not argv[0].startswith("-") else None
+
+
+def check(config: RunConfig, out: Path) -> None:
+    """Everything that can be known before ranks start: the reports, the data set, the weights to start from.
+
+    Raises:
+        MegavidError: of the kind that fits.
+    """
+    from megavid.data.build import build_source
+    from megavid.training.build import check_reports
+    from megavid.training.resume import check_init_from
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
+    check_reports(config)
+    source = build_source(config)
+    if config.train.init_from and not (out / "checkpoints").exists():
+        check_init_from(config, source)
+    source.close()

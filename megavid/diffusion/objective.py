@@ -1,0 +1,147 @@
+"""The objective: how a microbatch is noised, and how far a predicted velocity is from the true one.
+
+Owns all randomness of training that is not initialisation, order or dropout. Everything about a clip is keyed by
+(seed, purpose, clip.draw), so it depends neither on the pack, row or rank that the clip stands on nor on what
+stands beside it. Knows no rank, no model class, no data set.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megavid.config.schema import DiffusionConfig
+from megavid.diffusion.flow import interpolate, velocity_of
+from megavid.diffusion.timesteps import TIMESTEP_SCALE, stratified_sigma, training_sigma
+from megavid.models.inputs import ModelInput
+from megavid.ops.packs import LatentBatch, Pack, clip_index
+from megavid.ops.philox import Key, key_of, normal, uniform_at
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A microbatch ready for the model, and what its answer is held against.
+
+    Attributes:
+        input: what the model is called with; one row of its timestep table per clip.
+        target_BTP: true velocity, noise - clean, dtype of the clean latents; zero in the padding.
+        valid_BT: bool, False in the padding.
+        sigma_G: noise level of each clip, fp32.
+    """
+
+    input: ModelInput
+    target_BTP: Tensor
+    valid_BT: Tensor
+    sigma_G: Tensor
+
+
+@dataclass(frozen=True)
+class ClipLosses:
+    """Squared error of each clip; a mean over any set of clips is ``sum_G.sum() / elements_G.sum()``.
+
+    Attributes:
+        sum_G: squared error summed over the numbers of each clip, fp32 (fp64 for fp64 velocities); has a gradient.
+        elements_G: numbers in each clip, int64.
+    """
+
+    sum_G: Tensor
+    elements_G: Tensor
+
+
+class FlowObjective:
+    """Rectified-flow matching with per-clip noise levels."""
+
+    def __init__(self, config: DiffusionConfig, seed: int) -> None:
+        """Bind the recipe and the run's seed."""
+        self.config, self.seed = config, seed
+
+    def noise(self, batch: LatentBatch) -> Noised:
+        """Draw noise and a noise level for every clip of a training microbatch."""
+        clips = batch.clips
+        sigmas = [training_sigma(clip.draw, clip.tokens, self.config, self.seed) for clip in clips]
+        return add_noise(batch, [key_of(self.seed, "noise", clip.draw) for clip in clips], sigmas)
+
+    def loss(self, velocity_BTP: Tensor, noised: Noised) -> ClipLosses:
+        """Squared error of the predicted velocity, clip by clip."""
+        return clip_losses(velocity_BTP, noised)
+
+    def drops_caption(self, draw: int) -> bool:
+        """Whether draw number ``draw`` of the run is trained with the empty caption."""
+        return uniform_at(key_of(self.seed, "caption"), draw) < self.config.caption_drop
+
+
+class ValidationObjective:
+    """The same on held-out clips, with noise and noise levels that never change.
+
+    A clip's noise is keyed by (seed, "validation", clip.sample, repeat), its level is the stratum of its number.
+    """
+
+    def __init__(self, seed: int = 0, *, repeat: int = 0) -> None:
+        """Bind a seed, which runs to be compared must share, and the number of the pass over the clips."""
+        self.seed, self.repeat = seed, repeat
+
+    def noise(self, batch: LatentBatch, numbers: Sequence[int] | None = None) -> Noised:
+        """Noise a validation microbatch.
+
+        Args:
+            batch: held-out clips.
+            numbers: number of each of the G clips among the held-out ones, from 0; ``clip.draw`` if not given.
+        """
+        clips = batch.clips
+        numbers = [clip.draw for clip in clips] if numbers is None else numbers
+        keys = [key_of(self.seed, "validation", clip.sample, self.repeat) for clip in clips]
+        sigmas = [stratified_sigma(number, repeat=self.repeat) for number in numbers]
+        return add_noise(batch, keys, sigmas)
+
+    def loss(self, velocity_BTP: Tensor, noised: Noised) -> ClipLosses:
+        """Squared error of the predicted velocity, clip by clip."""
+        return clip_losses(velocity_BTP, noised)
+
+
+def add_noise(batch: LatentBatch, keys: Sequence[Key], sigmas: Sequence[float]) -> Noised:
+    """Noise a microbatch with given streams and noise levels.
+
+    Args:
+        batch: clean packs with G clips in all.
+        keys: stream of each clip; its token j, number p gets element j * P + p.
+        sigmas: noise level of each clip.
+    """
+    clean_BTP = batch.clean_BTP
+    noise_BTP = clip_noise(batch.packs, keys, clean_BTP)
+    clip_BT = clip_index(batch.packs).to(clean_BTP.device)
+    row_BT = clip_BT.clamp(min=0)
+    sigma_G = torch.tensor(sigmas, dtype=torch.float32, device=clean_BTP.device)
+    patches_BTP = interpolate(clean_BTP, noise_BTP, sigma_G.to(clean_BTP.dtype)[row_BT].unsqueeze(-1))
+    model_input = ModelInput(
+        packs=batch.packs,
+        patches_BTP=patches_BTP,
+        timestep_R=TIMESTEP_SCALE * sigma_G,
+        row_BT=row_BT,
+        text_GLD=batch.text_GLD,
+    )
+    return Noised(model_input, velocity_of(clean_BTP, noise_BTP), clip_BT >= 0, sigma_G)
+
+
+def clip_noise(packs: Sequence[Pack], keys: Sequence[Key], like_BTP: Tensor) -> Tensor:
+    """Standard normal noise of each clip's own stream, shaped as ``like_BTP``; zero in the padding."""
+    noise_BTP = torch.zeros_like(like_BTP)
+    width = like_BTP.shape[-1]
+    places = [(row, clip) for row, pack in enumerate(packs) for clip in pack.clips]
+    for key, (row, clip) in zip(keys, places, strict=True):
+        numbers = normal(key, 0, clip.tokens * width, like_BTP.device)
+        noise_BTP[row, clip.start : clip.start + clip.tokens] = numbers.view(clip.tokens, width)
+    return noise_BTP
+
+
+def clip_losses(velocity_BTP: Tensor, noised: Noised) -> ClipLosses:
+    """Squared error of the predicted velocity against ``noised.target_BTP``, summed over each clip."""
+    wide = torch.promote_types(velocity_BTP.dtype, torch.float32)
+    square_BT = (velocity_BTP.to(wide) - noised.target_BTP.to(wide)).square().sum(-1)
+    # One slice per clip rather than an indexed add: the same order of additions wherever the clip stands, on CUDA too.
+    sums, elements = [], []
+    for row, pack in enumerate(noised.input.packs):
+        for clip in pack.clips:
+            sums.append(square_BT[row, clip.start : clip.start + clip.tokens].sum())
+            elements.append(clip.tokens * velocity_BTP.shape[-1])
+    return ClipLosses(torch.stack(sums), torch.tensor(elements, device=velocity_BTP.device))

@@ -1,0 +1,165 @@
+"""From noise to clips: solvers of the flow's differential equation, d state / d sigma = velocity.
+
+Owns the solvers and the loop over noise levels. Knows neither packs' contents nor what computes the velocity.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megavid.diffusion.flow import clean_of
+from megavid.diffusion.guidance import PromptPacks
+from megavid.errors import ConfigError
+from megavid.models.inputs import ModelInput
+
+SamplerKind = Literal["euler", "unipc"]
+
+
+@torch.no_grad()
+def sample(
+    velocity_of: Callable[[ModelInput], Tensor],
+    prompts: PromptPacks,
+    start_noise_BTP: Tensor,
+    sigmas: Sequence[float],
+    *,
+    kind: SamplerKind = "unipc",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Sample the clips of ``prompts``.
+
+    Args:
+        velocity_of: the model: velocity [B, T, P] for an input; on every rank the same.
+        prompts: what to sample, with or without guidance.
+        start_noise_BTP: state at sigmas[0], from ``prompts.start_noise``.
+        sigmas: noise levels, falling, from ``sigma_schedule``.
+        kind: solver.
+        on_step: called with (steps done, steps in all) after each.
+
+    Returns:
+        Clean clips as patches, [B, T, P]; ``prompts.clips_of`` takes them out.
+
+    Raises:
+        ConfigError: a solver that is not known.
+    """
+
+    def velocity_at(state_BTP: Tensor, sigma: float) -> Tensor:
+        velocity_BTP = velocity_of(prompts.input_at(state_BTP, sigma))
+        return prompts.guide(velocity_BTP.to(state_BTP.dtype))
+
+    return integrate(velocity_at, start_noise_BTP, sigmas, kind=kind, on_step=on_step)
+
+
+def integrate(
+    velocity_at: Callable[[Tensor, float], Tensor],
+    start: Tensor,
+    sigmas: Sequence[float],
+    *,
+    kind: SamplerKind = "unipc",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Carry a state from noise level sigmas[0] to sigmas[-1].
+
+    Args:
+        velocity_at: velocity of a state at a noise level.
+        start: state at sigmas[0], any shape.
+        sigmas: noise levels, strictly falling, from 1 or less to 0 or more.
+        kind: ``euler`` (first order) or ``unipc`` (second order); one velocity per step each.
+        on_step: called with (steps done, steps in all) after each.
+
+    Raises:
+        ConfigError: a solver that is not known.
+    """
+    match kind:
+        case "euler":
+            solver: EulerSolver | UniPCSolver = EulerSolver(sigmas)
+        case "unipc":
+            solver = UniPCSolver(sigmas)
+        case unknown:
+            raise ConfigError(f"sampler = {unknown!r} must be 'euler' or 'unipc'; change --sampler")
+    state, steps = start, len(sigmas) - 1
+    for step in range(steps):
+        state = solver.advance(state, velocity_at(state, sigmas[step]), step)
+        if on_step is not None:
+            on_step(step + 1, steps)
+    return state
+
+
+class EulerSolver:
+    """Straight steps: first order."""
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        """Bind the noise levels."""
+        self.sigmas = sigmas
+
+    def advance(self, state: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """State at sigmas[step + 1] from state and velocity at sigmas[step]."""
+        return state + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
+
+
+class UniPCSolver:
+    """UniPC-2 on predictions of the clean clip, B(h) = e^h - 1: a predictor, and a corrector that costs no velocity.
+
+    With lambda = ln((1 - sigma) / sigma), half the log signal-to-noise ratio, the exact step from s to t is
+    sigma_t / sigma_s * state + (1 - sigma_t) * integral of e^(l - lambda_t) * clean(l) over l; clean(l) is
+    extrapolated from the last two predictions, and once the next one is known, interpolated with it. The last step
+    is of first order, as its lambda is infinite. At sigma = 1 lambda is minus infinity: all terms have their limits.
+
+    Source: Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2, variant B2; the same choices as diffusers'
+    UniPCMultistepScheduler with ``use_flow_sigmas`` and ``lower_order_final``.
+    """
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        """Bind the noise levels."""
+        self.sigmas = sigmas
+        self.lambdas = [_log_ratio(sigma) for sigma in sigmas]
+        self.history: list[Tensor] = []  # predictions at the steps so far, the last two of them
+        self._state: Tensor | None = None  # corrected state at the step before
+        self._order = 0  # of the step before
+
+    def advance(self, state: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """State at sigmas[step + 1] from state and velocity at sigmas[step]; to be called for each step in turn."""
+        clean = clean_of(state, velocity, self.sigmas[step])
+        if self._state is not None:
+            state = self._step(self._state, step - 1, self._order, corrected_by=clean)
+        self.history = [*self.history[-1:], clean]
+        self._state = state
+        self._order = min(2, step + 1, len(self.sigmas) - 1 - step)
+        return self._step(state, step, self._order, corrected_by=None)
+
+    def _step(self, state: Tensor, step: int, order: int, *, corrected_by: Tensor | None) -> Tensor:
+        """One step from sigmas[step], extrapolating, or interpolating with the prediction at its end."""
+        sigma, following = self.sigmas[step], self.sigmas[step + 1]
+        h = self.lambdas[step + 1] - self.lambdas[step]
+        gain = -(1 - following) * math.expm1(-h)  # (1 - sigma_t) * (1 - e^-h): weight of a constant prediction
+        clean = self.history[-1]
+        mean = clean
+        # Distance, in units of h, from this step to the prediction before it: below 0; minus infinity behind sigma = 1.
+        back = (self.lambdas[step - 1] - self.lambdas[step]) / h if order == 2 else -math.inf
+        slope = (self.history[0] - clean) / back if order == 2 else torch.zeros_like(clean)
+        if corrected_by is None:
+            mean = clean + 0.5 * slope
+        else:
+            weight_back, weight_end = _corrector_weights(h, back) if order == 2 else (0.0, 0.5)
+            mean = clean + weight_back * slope + weight_end * (corrected_by - clean)
+        return (following / sigma) * state + gain * mean
+
+
+def _log_ratio(sigma: float) -> float:
+    """ln((1 - sigma) / sigma), with its limits."""
+    if sigma >= 1:
+        return -math.inf
+    return math.inf if sigma <= 0 else math.log((1 - sigma) / sigma)
+
+
+def _corrector_weights(h: float, back: float) -> tuple[float, float]:
+    """Weights of the differences at ``back`` (divided by it) and at the step's end that make the step exact for
+    predictions quadratic in lambda: the 2 x 2 system of UniPC's eq. 11 for data prediction, solved."""
+    base = math.expm1(-h)
+    first = base / -h - 1
+    second = first / -h - 0.5
+    b1, b2 = first / base, 2 * second / base
+    weight_back = (b1 - b2) / (1 - back)
+    return weight_back, b1 - weight_back

@@ -1,0 +1,47 @@
+"""Every error that megavid raises on purpose, each with the exit status of the command line.
+
+Owns the classes and the exit codes, nothing else. A message says what, what was got, the limit, and where to
+change it, in one line.
+"""
+
+
+class MegavidError(Exception):
+    """An error for the person who started the run: the command line prints its one line, no traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(MegavidError, ValueError):
+    """A preset, a flag or a layout that cannot be a valid run."""
+
+
+class DataError(MegavidError):
+    """A shard, a clip or a caption that cannot be read, or is not what its index says."""
+
+
+class CheckpointError(MegavidError):
+    """A checkpoint that is missing, damaged, or not of this model."""
+
+
+class StorageError(MegavidError):
+    """Storage or the machine failed: a full disk, an unreadable device, a writer that died."""
+
+    exit_code = 3
+
+
+class NumericalStop(MegavidError):
+    """Too many steps in a row with a loss or a gradient that is not finite."""
+
+    exit_code = 4
+
+
+class RankLost(MegavidError):
+    """A rank died or hung, so the run cannot go on."""
+
+    exit_code = 5
+
+
+class StopRequested(MegavidError):
+    """The run was asked to stop (a signal, the end of its time) after saving; it may be queued again."""
+
+    exit_code = 75

@@ -1,0 +1,138 @@
+"""One block of the family ``wan``: self-attention, attention to the text, feed-forward, each behind its norm.
+
+LayerNorm without affine, modulated by the clip's timestep, then gated into the residual stream; the middle attention
+has an affine LayerNorm and no gate. The feed-forward is dense, or experts.
+
+Source: Wan 2.1 (arXiv:2503.20314).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megavid.models.attention import CrossAttention, SelfAttention
+from megavid.models.build import Build, column_linear, row_linear
+from megavid.models.moe.layer import build_moe
+from megavid.models.moe.stats import RoutingStats
+from megavid.models.moe.tokens import TokenInfo
+from megavid.ops.norm import gated_residual, layer_norm, modulated_norm, wide
+from megavid.ops.packs import Pack
+from megavid.parallel.placement import Init
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What every block of a stage shares for one microbatch.
+
+    Attributes:
+        packs: the segment tables.
+        modulation_R6D: six modulation vectors of each row of the timestep table, fp32.
+        row_tB: row of every token of this rank.
+        text_LGD: captions at the model's width.
+        cos: cosines of RoPE for all T tokens, [T, B, 1, A / 2] fp32.
+        sin: sines, likewise.
+        tokens: what routers know of this rank's tokens.
+    """
+
+    packs: tuple[Pack, ...]
+    modulation_R6D: Tensor
+    row_tB: Tensor
+    text_LGD: Tensor
+    cos: Tensor
+    sin: Tensor
+    tokens: TokenInfo
+
+
+class FeedForward(nn.Module):
+    """Two matrices with GELU-tanh between them, tensor-parallel over the hidden width."""
+
+    def __init__(self, build: Build, name: str) -> None:
+        super().__init__()
+        width, hidden = build.model.hidden_size, build.model.ffn_size
+        self.up = column_linear(build, [f"{name}.up"], width, hidden)
+        self.down = row_linear(build, f"{name}.down", hidden, width)
+
+    def forward(self, x_tBD: Tensor) -> Tensor:
+        """The feed-forward of this rank's tokens."""
+        out: Tensor = self.down(torch.nn.functional.gelu(self.up(x_tBD)[0], approximate="tanh"))[0]
+        return out
+
+
+class Block(nn.Module):
+    """Transformer block number ``layer`` (from 0) of the whole model."""
+
+    def __init__(self, build: Build, layer: int, recompute: str) -> None:
+        super().__init__()
+        model, name = build.model, f"blocks.{layer}"
+        self.layer, self.eps, self.recompute = layer, model.norm_eps, recompute
+        self.table = build.empty(6, model.hidden_size, is_fp32=True)
+        self.self_attention = SelfAttention(build, f"{name}.self_attention")
+        self.cross_norm_weight = build.empty(model.hidden_size, is_fp32=True)
+        self.cross_norm_bias = build.empty(model.hidden_size, is_fp32=True)
+        self.cross_attention = CrossAttention(build, f"{name}.cross_attention")
+        self.is_moe = model.is_moe_layer(layer)
+        self.feed_forward: Any
+        if self.is_moe:
+            mesh = build.mesh
+            self.feed_forward = build_moe(build.transformer, model, layer, mesh.groups, mesh.layout, mesh.coordinates)
+        else:
+            self.feed_forward = FeedForward(build, f"{name}.ffn")
+        for parameter, suffix, init in (
+            (self.table, "modulation", Init(std=model.hidden_size**-0.5)),
+            (self.cross_norm_weight, "cross_norm.weight", Init(mean=1.0)),
+            (self.cross_norm_bias, "cross_norm.bias", Init()),
+        ):
+            build.place_whole(parameter, f"{name}.{suffix}", init=init, is_partial=True, has_decay=False)
+
+    def forward(self, x_tBD: Tensor, given: Conditioning) -> tuple[Tensor, RoutingStats | None]:
+        """Tokens after this block, and the routing statistics of its experts.
+
+        Statistics are returned, not kept, because recomputation runs a forward pass twice.
+        """
+        if self.recompute == "full" and torch.is_grad_enabled():
+            result: tuple[Tensor, RoutingStats | None] = checkpoint(
+                self._block, x_tBD, given, use_reentrant=False, preserve_rng_state=False
+            )
+            return result
+        return self._block(x_tBD, given)
+
+    def _block(self, x_tBD: Tensor, given: Conditioning) -> tuple[Tensor, RoutingStats | None]:
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (wide(self.table) + given.modulation_R6D).unbind(1)
+        row = given.row_tB
+        update = self._maybe_again(self._attend, x_tBD, shift, scale, given)
+        x_tBD = gated_residual(x_tBD, update, gate, row)
+        x_tBD = x_tBD + self._maybe_again(self._attend_to_text, x_tBD, given)
+        update, stats = self._maybe_again(self._feed, x_tBD, ffn_shift, ffn_scale, given)
+        return gated_residual(x_tBD, update, ffn_gate, row), stats
+
+    def _attend(self, x_tBD: Tensor, shift: Tensor, scale: Tensor, given: Conditioning) -> Tensor:
+        normed = modulated_norm(x_tBD, shift, scale, given.row_tB, self.eps)
+        out: Tensor = self.self_attention(normed, given.cos, given.sin, given.packs)
+        return out
+
+    def _attend_to_text(self, x_tBD: Tensor, given: Conditioning) -> Tensor:
+        normed = layer_norm(x_tBD, self.eps, self.cross_norm_weight, self.cross_norm_bias)
+        out: Tensor = self.cross_attention(normed, given.text_LGD, given.packs)
+        return out
+
+    def _feed(
+        self, x_tBD: Tensor, shift: Tensor, scale: Tensor, given: Conditioning
+    ) -> tuple[Tensor, RoutingStats | None]:
+        normed = modulated_norm(x_tBD, shift, scale, given.row_tB, self.eps)
+        if self.is_moe:
+            result: tuple[Tensor, RoutingStats] = self.feed_forward(normed, given.tokens)
+            return result
+        return self.feed_forward(normed), None
+
+    def _maybe_again(self, part: Any, *args: Any) -> Any:
+        """Call ``part``, and under selective recomputation keep only its inputs for the backward pass.
+
+        Each part is one branch of the residual stream, so what stays in memory is the stream itself and not what is
+        inside the branches.
+        """
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False)
+        return part(*args)

@@ -1,0 +1,198 @@
+"""How layers are built and placed: the one record that every layer gets, and the linears that carry their placement.
+
+Owns the step from "a matrix of the model" to "the box of it that this rank holds". Layers name their tensors in model
+space and never ask how many ranks there are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megavid.config.schema import ModelConfig
+from megavid.parallel import mcore
+from megavid.parallel.mesh import Mesh
+from megavid.parallel.placement import Init, Piece, Placement, place
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a layer needs to be built.
+
+    Attributes:
+        model: the whole model's shape.
+        transformer: megatron-core's config of this layout (a TransformerConfig, which has no type stubs).
+        mesh: who stands where.
+        is_first_chunk: this is the first chunk of the first stage, whose copies of replicated parameters count.
+    """
+
+    model: ModelConfig
+    transformer: Any
+    mesh: Mesh
+    is_first_chunk: bool
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.mesh.size("tp")
+
+    @property
+    def tp_rank(self) -> int:
+        """Place among them."""
+        return self.mesh.coordinate("tp")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights that do not have to stay fp32."""
+        dtype: torch.dtype = self.transformer.params_dtype
+        return dtype
+
+    def empty(self, *shape: int, is_fp32: bool = False) -> nn.Parameter:
+        """A parameter with no values yet: initialisation and loading fill it through its placement."""
+        dtype = torch.float32 if is_fp32 and self.dtype != torch.float64 else self.dtype
+        return nn.Parameter(torch.empty(*shape, dtype=dtype, device=self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where parameters live; a ``torch.device("meta")`` context wins, to count a model without building it."""
+        default = torch.get_default_device()
+        return default if default.type == "meta" else self.mesh.device
+
+    def place_whole(
+        self,
+        parameter: nn.Parameter,
+        name: str,
+        *,
+        init: Init,
+        is_partial: bool,
+        on_every_stage: bool = False,
+        has_decay: bool = True,
+    ) -> None:
+        """Place a parameter that every tensor-parallel rank holds whole.
+
+        Args:
+            parameter: the local parameter, whole.
+            name: its name in model space.
+            init: distribution of fresh values.
+            is_partial: it acts on this rank's tokens only where sequence parallelism is on.
+            on_every_stage: every pipeline stage and chunk has a copy.
+            has_decay: takes weight decay.
+        """
+        shape = tuple(parameter.shape)
+        placement = Placement(
+            pieces=(Piece(name, shape, (0,) * len(shape), shape),),
+            is_partial_over_tp=is_partial and self.mesh.is_sequence_parallel,
+            is_on_every_stage=on_every_stage,
+            has_decay=has_decay,
+            keeps_fp32=parameter.dtype == torch.float32,
+            init=init,
+        )
+        place(parameter, placement, is_first_copy=self.is_first_chunk or not on_every_stage)
+
+
+def column_linear(
+    build: Build, names: Sequence[str], input_size: int, output_size: int, *, of_text: bool = False
+) -> Any:
+    """Matrices of one input whose outputs are split over tensor-parallel ranks, fused into one product.
+
+    Args:
+        build: the layer's record.
+        names: one name in model space for each matrix; each is [output_size, input_size] with a bias [output_size].
+        input_size: width of the input.
+        output_size: width of each output in model space.
+        of_text: the input is the whole caption on every rank, not a shard of the tokens.
+
+    Returns:
+        megatron-core's ColumnParallelLinear; its output is the matrices' local outputs side by side.
+    """
+    transformer = build.transformer
+    if of_text and transformer.sequence_parallel:
+        transformer = replace(transformer, sequence_parallel=False)
+    linear = mcore.ColumnParallelLinear(
+        input_size,
+        output_size * len(names),
+        config=transformer,
+        init_method=nn.Identity(),
+        bias=True,
+        gather_output=False,
+        skip_bias_add=False,
+        tp_group=build.mesh.group("tp"),
+    )
+    local, first = output_size // build.tp, build.tp_rank * (output_size // build.tp)
+    weights, biases = [], []
+    for number, name in enumerate(names):
+        weights.append(
+            Piece(
+                f"{name}.weight",
+                (output_size, input_size),
+                (first, 0),
+                (local, input_size),
+                start=number * local * input_size,
+            )
+        )
+        biases.append(Piece(f"{name}.bias", (output_size,), (first,), (local,), start=number * local))
+    sharded = frozenset({"tp"})
+    place(linear.weight, Placement(tuple(weights), sharded, init=Init(std=input_size**-0.5)))
+    place(linear.bias, Placement(tuple(biases), sharded, has_decay=False))
+    return linear
+
+
+def row_linear(build: Build, name: str, input_size: int, output_size: int) -> Any:
+    """A matrix whose input is split over tensor-parallel ranks; the sum goes to all of them, or to each its tokens.
+
+    Returns:
+        megatron-core's RowParallelLinear, [output_size, input_size] in model space, with its bias.
+    """
+    linear = mcore.RowParallelLinear(
+        input_size,
+        output_size,
+        config=build.transformer,
+        init_method=nn.Identity(),
+        bias=True,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=build.mesh.group("tp"),
+    )
+    local = input_size // build.tp
+    piece = Piece(f"{name}.weight", (output_size, input_size), (0, build.tp_rank * local), (output_size, local))
+    place(linear.weight, Placement((piece,), frozenset({"tp"}), init=Init(std=input_size**-0.5)))
+    build.place_whole(linear.bias, f"{name}.bias", init=Init(), is_partial=True, has_decay=False)
+    return linear
+
+
+class PlainLinear(nn.Module):
+    """A linear layer that every tensor-parallel rank holds whole, on every pipeline stage if asked."""
+
+    def __init__(
+        self,
+        build: Build,
+        name: str,
+        input_size: int,
+        output_size: int,
+        *,
+        init: Init | None = None,
+        is_partial: bool = True,
+        on_every_stage: bool = False,
+        is_fp32: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = build.empty(output_size, input_size, is_fp32=is_fp32)
+        self.bias = build.empty(output_size, is_fp32=is_fp32)
+        init = init or Init(std=input_size**-0.5)
+        build.place_whole(
+            self.weight, f"{name}.weight", init=init, is_partial=is_partial, on_every_stage=on_every_stage
+        )
+        build.place_whole(
+            self.bias,
+            f"{name}.bias",
+            init=Init(),
+            is_partial=is_partial,
+            on_every_stage=on_every_stage,
+            has_decay=False,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias`` in the weight's dtype."""
+        return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)

@@ -1,0 +1,31 @@
+"""What a video diffusion transformer is called with.
+
+Owns the argument record only. Modulation, timesteps and text each have their own name; every pipeline stage gets the
+whole record from its own microbatch, never from its neighbour.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megavid.ops.packs import Pack
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """Noised packs and what they are conditioned on.
+
+    Attributes:
+        packs: the B segment tables (host data), G clips in all.
+        patches_BTP: noised latents as patches, fp32; the padding is zero.
+        timestep_R: 1000 * noise level of each row of the timestep table, fp32; one row per clip, or per frame of a clip
+            where known frames are clean.
+        row_BT: row of that table for every token, int64; 0 in the padding.
+        text_GLD: text features of each clip, fp32.
+    """
+
+    packs: tuple[Pack, ...]
+    patches_BTP: Tensor
+    timestep_R: Tensor
+    row_BT: Tensor
+    text_GLD: Tensor

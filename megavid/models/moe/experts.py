@@ -1,0 +1,117 @@
+"""The experts of one rank as a module: weights stacked by expert, each placed in model space under its expert's name.
+
+Owns parameters and placements; the math is ``megavid.ops.grouped_experts``. Satisfies megatron-core's interface of
+experts, and adds the second bias itself, times the gate, which Wan's feed-forward needs and megatron-core's lack.
+
+Over expert-tensor ranks hidden units are split, so the output is a part of a sum, which the dispatcher adds up. The
+last bias is split too, by output column: no rank holds a copy of another's numbers, so none can drift or count twice.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megavid.config.schema import ModelConfig
+from megavid.errors import ConfigError
+from megavid.ops.grouped_experts import ExpertWeights, grouped_experts
+from megavid.parallel.placement import Init, Piece, Placement, place
+from megavid.plan.layout import Layout
+
+
+class GroupedExperts(nn.Module):
+    """Routed experts ``ep_rank * e`` to ``(ep_rank + 1) * e - 1`` of a layer, this rank's part of their hidden units.
+
+    Args:
+        num_local_experts: experts on this rank, e.
+        model: the model's config.
+        name: the layer's name in model space, such as ``blocks.3.moe``.
+        layout: the run's layout.
+        coordinates: where this rank stands on its axes.
+        dtype: of the parameters.
+        device: of the parameters.
+
+    Raises:
+        ConfigError: ``parallel.expert_tensor`` does not divide the widths.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        model: ModelConfig,
+        name: str,
+        layout: Layout,
+        coordinates: dict[str, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        moe, width = model.moe, model.hidden_size
+        for key, size in (("model.moe.expert_ffn_size", moe.expert_ffn_size), ("model.hidden_size", width)):
+            if size % layout.etp:
+                raise ConfigError(f"parallel.expert_tensor = {layout.etp} must divide {key} = {size}")
+        self.name, self.hidden_size, self.ffn_size = f"{name}.experts", width, moe.expert_ffn_size
+        self.num_local_experts = num_local_experts
+        self.first_expert = coordinates["ep"] * num_local_experts
+        self.part, self.parts = coordinates["etp"], layout.etp
+        self._kind: dict[str, Any] = {"dtype": dtype, "device": device}
+        hidden = moe.expert_ffn_size // layout.etp
+        self.first_column = self.part * (width // layout.etp)
+        self.up_weight = self._matrix("up", hidden, width)
+        self.up_bias = self._bias("up", hidden) if moe.has_bias else None
+        self.gate_weight = self._matrix("gate", hidden, width) if moe.activation == "swiglu" else None
+        self.gate_bias = self._bias("gate", hidden) if moe.has_bias and moe.activation == "swiglu" else None
+        self.down_weight = self._matrix("down", width, hidden)
+        self.down_bias = self._bias("down", width // layout.etp) if moe.has_bias else None
+
+    def forward(
+        self, permuted_hidden: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Gated outputs of rows sorted by local expert; this rank's part of them over expert-tensor ranks.
+
+        Args:
+            permuted_hidden: rows, [S, D].
+            tokens_per_expert: rows of each local expert, int64 [e].
+            permuted_probs: gate of each row, fp32 [S].
+
+        Returns:
+            ([S, D], None): megatron-core's second value is a bias still to be added; there is none.
+        """
+        weights = ExpertWeights(
+            self.up_weight, self.down_weight, self.gate_weight, self.up_bias, self.gate_bias, self.down_bias
+        )
+        rows = permuted_probs.reshape(-1)
+        return grouped_experts(permuted_hidden, tokens_per_expert, weights, rows, first_column=self.first_column), None
+
+    def _matrix(self, which: str, rows: int, columns: int) -> nn.Parameter:
+        """Matrix ``which`` of the local experts; hidden units are rows of ``up`` and ``gate``, columns of ``down``."""
+        is_down = which == "down"
+        whole = (rows, columns * self.parts) if is_down else (rows * self.parts, columns)
+        offset = (0, self.part * columns) if is_down else (self.part * rows, 0)
+        init = Init(std=whole[1] ** -0.5)
+        return self._placed(f"{which}.weight", whole, offset, (rows, columns), init, has_decay=True)
+
+    def _bias(self, which: str, size: int) -> nn.Parameter:
+        whole, offset = (size * self.parts,), (self.part * size,)
+        return self._placed(f"{which}.bias", whole, offset, (size,), Init(), has_decay=False)
+
+    def _placed(
+        self,
+        suffix: str,
+        whole: tuple[int, ...],
+        offset: tuple[int, ...],
+        local: tuple[int, ...],
+        init: Init,
+        *,
+        has_decay: bool,
+    ) -> nn.Parameter:
+        parameter = nn.Parameter(torch.empty(self.num_local_experts, *local, **self._kind))
+        size = parameter.numel() // self.num_local_experts
+        pieces = tuple(
+            Piece(f"{self.name}.{self.first_expert + e}.{suffix}", whole, offset, local, start=e * size)
+            for e in range(self.num_local_experts)
+        )
+        sharded = Placement(pieces, frozenset({"ep", "etp"}), is_expert=True, has_decay=has_decay, init=init)
+        place(parameter, sharded)
+        return parameter

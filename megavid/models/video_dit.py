@@ -1,0 +1,156 @@
+"""The video diffusion transformer as one pipeline chunk: the blocks it holds, and at the ends the patches and the head.
+
+Owns the order of things from patches to velocity. A chunk that is neither first nor last has only blocks and the
+replicated embedders. Tokens travel as [t, B, D]; between tensor-parallel blocks a rank holds T / tp of them where
+sequence parallelism is on.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megavid.config.schema import RunConfig
+from megavid.models.block import Block, Conditioning
+from megavid.models.build import Build
+from megavid.models.embedders import Head, PatchEmbedder, TextEmbedder, TimestepEmbedder
+from megavid.models.inputs import ModelInput
+from megavid.models.moe.stats import RoutingStats
+from megavid.models.moe.tokens import TokenInfo, noise_bucket
+from megavid.models.transformer import transformer_config
+from megavid.ops.packs import clip_index, positions
+from megavid.ops.rope import rope_angles
+from megavid.parallel import mcore
+from megavid.parallel.mesh import Mesh
+from megavid.plan.layout import layers_of_chunk
+
+
+class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-core has no type stubs
+    """One pipeline chunk of the model.
+
+    The attributes that megatron-core's schedules read are ``model_type``, ``pre_process``, ``post_process``,
+    ``vp_stage``, ``share_embeddings_and_output_weights`` and ``set_input_tensor``.
+    """
+
+    def __init__(self, build: Build, layers: range, recompute: str, vp_stage: int | None) -> None:
+        super().__init__(build.transformer)
+        model, mesh = build.model, build.mesh
+        chunk = vp_stage or 0
+        self.model, self.mesh = model, mesh
+        self.pre_process = mesh.is_first_stage and chunk == 0
+        self.post_process = mesh.is_last_stage and chunk == mesh.layout.vpp - 1
+        self.vp_stage = vp_stage
+        self.model_type = mcore.ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.received: Tensor | None = None
+
+        self.timestep_embedder = TimestepEmbedder(build)
+        self.text_embedder = TextEmbedder(build)
+        if self.pre_process:
+            self.patch_embedder = PatchEmbedder(build)
+        self.blocks = nn.ModuleList([Block(build, layer, recompute) for layer in layers])
+        if self.post_process:
+            self.head = Head(build)
+        self.routing: dict[int, RoutingStats] = {}
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Take the hidden states that the pipeline received from the chunk before."""
+        self.received = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, inputs: ModelInput, aux_scale: float = 0.0) -> Tensor:
+        """Velocity of all patches on the last chunk, [B, T, P] fp32 on every tensor-parallel rank; else hidden states.
+
+        Args:
+            inputs: noised packs and what they are conditioned on, the same on every stage.
+            aux_scale: weight of one clip's router losses, 1 / clips of the global batch; 0 leaves them out.
+        """
+        row_TB = inputs.row_BT.t()
+        row_tB = self._own_tokens(row_TB)
+        head_RD, modulation_R6D = self.timestep_embedder(inputs.timestep_R)
+        given = self._conditioning(inputs, modulation_R6D, row_tB, aux_scale)
+        if self.pre_process:
+            x_tBD = self.patch_embedder(self._own_tokens(inputs.patches_BTP.transpose(0, 1)))
+        else:
+            assert self.received is not None
+            x_tBD = self.received
+        for block in self.blocks:
+            x_tBD, stats = block(x_tBD, given)
+            if stats is not None:
+                self._keep(block.layer, stats)
+        if not self.post_process:
+            return x_tBD
+        velocity_tBP = self.head(x_tBD, head_RD, row_tB)
+        if self.mesh.is_sequence_parallel:
+            # Every rank computes the same loss from all tokens, so its gradient is taken once, not summed.
+            velocity_tBP = mcore.gather_from_sequence_parallel_region(
+                velocity_tBP, tensor_parallel_output_grad=False, group=self.mesh.group("tp")
+            )
+        velocity: Tensor = velocity_tBP.transpose(0, 1)
+        return velocity if velocity.dtype == torch.float64 else velocity.float()
+
+    def training_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers that training updates without a gradient, by their names in model space."""
+        for block in self.blocks:
+            if block.is_moe and block.feed_forward.router.expert_bias is not None:
+                yield f"blocks.{block.layer}.moe.router.expert_bias", block.feed_forward.router.expert_bias
+
+    def take_routing(self) -> dict[int, RoutingStats]:
+        """Routing statistics of each expert layer since the last call, summed over microbatches."""
+        routing, self.routing = self.routing, {}
+        return routing
+
+    def _keep(self, layer: int, stats: RoutingStats) -> None:
+        detached = RoutingStats(*(value.detach() for value in stats))
+        before = self.routing.get(layer)
+        self.routing[layer] = detached if before is None else RoutingStats(*(a + b for a, b in zip(before, detached)))
+
+    def _own_tokens(self, x_TBx: Tensor) -> Tensor:
+        """This rank's tokens of a tensor that has all of them."""
+        if not self.mesh.is_sequence_parallel:
+            return x_TBx
+        return x_TBx.chunk(self.mesh.size("tp"))[self.mesh.coordinate("tp")]
+
+    def _conditioning(
+        self, inputs: ModelInput, modulation_R6D: Tensor, row_tB: Tensor, aux_scale: float
+    ) -> Conditioning:
+        model, device = self.model, modulation_R6D.device
+        place_TB3 = positions(inputs.packs, model.latent_frame_rate).to(device).transpose(0, 1)
+        angles = rope_angles(place_TB3, model.head_size).unsqueeze(2)
+        wide_dtype = torch.float64 if modulation_R6D.dtype == torch.float64 else torch.float32
+        clip_tB = self._own_tokens(clip_index(inputs.packs).to(device).t())
+        lengths = [clip.tokens for pack in inputs.packs for clip in pack.clips]
+        tokens = TokenInfo(
+            clip_T=clip_tB.reshape(-1),
+            bucket_T=noise_bucket(inputs.timestep_R / 1000.0)[row_tB.reshape(-1)],
+            num_clips=len(lengths),
+            tokens_of_clip_G=torch.tensor(lengths, device=device),
+            aux_scale=aux_scale,
+        )
+        return Conditioning(
+            packs=inputs.packs,
+            modulation_R6D=modulation_R6D,
+            row_tB=row_tB,
+            text_LGD=self.text_embedder(inputs.text_GLD),
+            cos=angles.cos().to(wide_dtype),
+            sin=angles.sin().to(wide_dtype),
+            tokens=tokens,
+        )
+
+
+def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
+    """The chunks of the model that this rank holds, with no values in their parameters yet."""
+    layout = mesh.layout
+    transformer = transformer_config(config, layout, mesh.device)
+    chunks = []
+    for vpp_rank in range(layout.vpp):
+        build = Build(
+            model=config.model,
+            transformer=transformer,
+            mesh=mesh,
+            is_first_chunk=mesh.is_first_stage and vpp_rank == 0,
+        )
+        layers = layers_of_chunk(config.model, layout, mesh.coordinate("pp"), vpp_rank)
+        vp_stage = vpp_rank if layout.vpp > 1 else None
+        chunks.append(VideoTransformer(build, layers, config.parallel.recompute, vp_stage))
+    return chunks

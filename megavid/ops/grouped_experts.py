@@ -1,0 +1,200 @@
+"""The experts' feed-forward on one rank: rows sorted by expert, one matrix product per expert, gates inside.
+
+Owns the math and its gradients. ``grouped_experts`` runs all experts of a rank in one grouped product where torch has
+one for the dtype; ``grouped_experts_reference`` is the slow twin that defines it. Knows no rank: what an expert-tensor
+rank does not hold (hidden units, columns of the last bias) is missing from its weights and from its output alike.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Activation = Literal["gelu", "swiglu"]
+
+# What torch.nn.functional.grouped_mm takes; fp64 goes expert by expert.
+GROUPED_DTYPES = (torch.float32, torch.bfloat16)
+# grouped_mm wants every row of every matrix to begin on this many bytes.
+GROUPED_ALIGNMENT = 16
+
+
+class ExpertWeights(NamedTuple):
+    """Matrices and biases of the ``e`` experts of a rank, stacked; None for what the model does not have.
+
+    Attributes:
+        up_eMD: first matrix.
+        down_eDM: second matrix.
+        gate_eMD: the matrix whose output goes through SiLU (SwiGLU), or None (GELU).
+        up_bias_eM: bias of the first matrix.
+        gate_bias_eM: bias of the gate's matrix.
+        down_bias_eD: bias of the second matrix, or a range of its columns.
+    """
+
+    up_eMD: Tensor
+    down_eDM: Tensor
+    gate_eMD: Tensor | None = None
+    up_bias_eM: Tensor | None = None
+    gate_bias_eM: Tensor | None = None
+    down_bias_eD: Tensor | None = None
+
+
+def grouped_experts(
+    x_SD: Tensor,
+    tokens_per_expert: Tensor,
+    weights: ExpertWeights,
+    probability_S: Tensor,
+    *,
+    first_column: int = 0,
+) -> Tensor:
+    """``probability * (down(activation(up(x) + bias)) + bias)`` of each row's expert.
+
+    The gate multiplies the hidden activation and the last bias, not the output: the same number, and no [S, D] tensor
+    is kept for the backward pass.
+
+    Args:
+        x_SD: rows sorted by expert.
+        tokens_per_expert: rows of each expert, int64 [e], best on the host; they sum to S.
+        weights: the experts; GELU-tanh, or SwiGLU where they have a gate.
+        probability_S: gate of each row, fp32 or wider.
+        first_column: first output column that ``weights.down_bias_eD`` belongs to.
+
+    Returns:
+        [S, D] in the dtype of ``x_SD``.
+
+    Gradient:
+        Every weight gets a gradient of its own shape, zero for an expert without rows.
+    """
+    rows = _Rows.of(tokens_per_expert, x_SD)
+    up_SM = _biased(_linear(x_SD, weights.up_eMD, rows), weights.up_bias_eM, rows)
+    if weights.gate_eMD is None:
+        hidden_SM = torch.nn.functional.gelu(up_SM, approximate="tanh")
+    else:
+        gate_SM = _biased(_linear(x_SD, weights.gate_eMD, rows), weights.gate_bias_eM, rows)
+        hidden_SM = torch.nn.functional.silu(gate_SM) * up_SM
+    weighted_SM = (hidden_SM * probability_S.unsqueeze(-1)).to(x_SD.dtype)
+    out_SD = _linear(weighted_SM, weights.down_eDM, rows)
+    if weights.down_bias_eD is None:
+        return out_SD
+    return _add_bias(out_SD, weights.down_bias_eD, probability_S, rows, first_column)
+
+
+def grouped_experts_reference(
+    x_SD: Tensor,
+    tokens_per_expert: Tensor,
+    weights: ExpertWeights,
+    probability_S: Tensor,
+    *,
+    first_column: int = 0,
+) -> Tensor:
+    """The slow, obvious twin of ``grouped_experts``: one expert after another."""
+    sizes = tokens_per_expert.tolist()
+    parts = []
+    for expert, (x, probability) in enumerate(zip(torch.split(x_SD, sizes), torch.split(probability_S, sizes))):
+        up, down, gate, up_bias, gate_bias, down_bias = (w if w is None else w[expert] for w in weights)
+        assert up is not None
+        assert down is not None
+        hidden = torch.nn.functional.linear(x, up, up_bias)
+        if gate is None:
+            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+        else:
+            hidden = torch.nn.functional.silu(torch.nn.functional.linear(x, gate, gate_bias)) * hidden
+        out = torch.nn.functional.linear(hidden, down)
+        if down_bias is not None:
+            right = out.shape[1] - first_column - down_bias.shape[0]
+            out = out + torch.nn.functional.pad(down_bias, (first_column, right))
+        parts.append((probability.unsqueeze(-1) * out).to(x_SD.dtype))
+    return torch.cat(parts)
+
+
+class _Rows(NamedTuple):
+    """Which expert each row belongs to, in the forms that the products need."""
+
+    sizes: Tensor  # [e] int64, as given
+    ends: Tensor  # [e] int32 on the device: one past the last row of each expert
+    expert_S: Tensor  # [S] int64 on the device
+
+    @classmethod
+    def of(cls, tokens_per_expert: Tensor, x_SD: Tensor) -> "_Rows":
+        sizes = tokens_per_expert.to(x_SD.device, non_blocking=True)
+        ends = sizes.cumsum(0).to(torch.int32)
+        numbers = torch.arange(sizes.numel(), device=x_SD.device)
+        return cls(tokens_per_expert, ends, torch.repeat_interleave(numbers, sizes, output_size=x_SD.shape[0]))
+
+
+def _linear(x_SI: Tensor, weight_eOI: Tensor, rows: _Rows) -> Tensor:
+    """``x @ weight[expert of the row].T``."""
+    if not _is_groupable(x_SI, weight_eOI):
+        parts = torch.split(x_SI, rows.sizes.tolist())
+        return torch.cat([part @ weight.t() for part, weight in zip(parts, weight_eOI.unbind())])
+    out: Tensor = torch.nn.functional.grouped_mm(x_SI, weight_eOI.transpose(1, 2), offs=rows.ends)
+    contiguous: Tensor = _ContiguousGradient.apply(out)  # type: ignore[no-untyped-call]
+    return contiguous
+
+
+def _is_groupable(x_SI: Tensor, weight_eOI: Tensor) -> bool:
+    widths = (weight_eOI.shape[1], weight_eOI.shape[2])
+    is_aligned = all(width * x_SI.element_size() % GROUPED_ALIGNMENT == 0 for width in widths)
+    return x_SI.dtype in GROUPED_DTYPES and is_aligned and x_SI.shape[0] > 0
+
+
+def _biased(x_SM: Tensor, bias_eM: Tensor | None, rows: _Rows) -> Tensor:
+    if bias_eM is None:
+        return x_SM
+    return _add_bias(x_SM, bias_eM, None, rows, 0)
+
+
+def _add_bias(x_SM: Tensor, bias_em: Tensor, factor_S: Tensor | None, rows: _Rows, first: int) -> Tensor:
+    out: Tensor = _AddBiasOfExpert.apply(  # type: ignore[no-untyped-call]
+        x_SM, bias_em, factor_S, rows.expert_S, first
+    )
+    return out
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; grouped_mm's backward refuses gradients that are expanded or transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+class _AddBiasOfExpert(torch.autograd.Function):
+    """``x[:, first:first + width] += factor * bias[expert]``.
+
+    Autograd would keep the gathered bias, as large as ``x``, and sum the bias's gradient with atomics on GPUs, in no
+    fixed order; here it is gathered again, and summed by a matrix product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_SM: Tensor, bias_em: Tensor, factor_S: Tensor | None, expert_S: Tensor, first: int
+    ) -> Tensor:
+        ctx.save_for_backward(bias_em, factor_S, expert_S)
+        ctx.first = first
+        rows_Sm = bias_em.index_select(0, expert_S)
+        if factor_S is not None:
+            rows_Sm = (rows_Sm * factor_S.unsqueeze(-1)).to(x_SM.dtype)
+        if bias_em.shape[1] == x_SM.shape[1]:
+            return x_SM + rows_Sm
+        out_SM = x_SM.clone()
+        out_SM[:, first : first + bias_em.shape[1]] += rows_Sm
+        return out_SM
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SM: Tensor) -> tuple[Tensor | None, ...]:
+        bias_em, factor_S, expert_S = ctx.saved_tensors
+        own_Sm = grad_SM[:, ctx.first : ctx.first + bias_em.shape[1]]
+        belongs_eS = torch.zeros(bias_em.shape[0], expert_S.shape[0], dtype=grad_SM.dtype, device=grad_SM.device)
+        source_1S = (torch.ones_like(expert_S) if factor_S is None else factor_S).to(grad_SM.dtype)
+        belongs_eS.scatter_(0, expert_S.unsqueeze(0), source_1S.unsqueeze(0))
+        grad_factor_S = None
+        if factor_S is not None:
+            rows_Sm = bias_em.index_select(0, expert_S).to(factor_S.dtype)
+            grad_factor_S = (own_Sm * rows_Sm).sum(-1)
+        return grad_SM, belongs_eS @ own_Sm, grad_factor_S, None, None

@@ -1,0 +1,44 @@
+"""Rotary position embedding over time, height and width.
+
+Pairs of neighbouring numbers of a head are rotated; the first pairs by time, then height, then width, split as in Wan:
+height and width take 2 * (head // 6) numbers each, time the rest.
+"""
+
+import torch
+from torch import Tensor
+
+from megavid.ops.norm import wide
+
+
+def axis_widths(head_size: int) -> tuple[int, int, int]:
+    """Numbers of a head that turn with time, height and width; each even."""
+    side = 2 * (head_size // 6)
+    return head_size - 2 * side, side, side
+
+
+def rope_angles(place_TB3: Tensor, head_size: int, theta: float = 10000.0) -> Tensor:
+    """Angles of every token, [T, B, A / 2] fp64.
+
+    Args:
+        place_TB3: place of each token on the axes time, row, column (``megavid.ops.packs.positions``).
+        head_size: width of one head (A), even.
+        theta: base of the wavelengths.
+
+    Source: Su et al. 2021 (arXiv:2104.09864), on three axes as in Wan 2.1 (arXiv:2503.20314).
+    """
+    angles = []
+    for axis, width in enumerate(axis_widths(head_size)):
+        index = torch.arange(0, width, 2, dtype=torch.float64, device=place_TB3.device)
+        frequency = theta ** (-index / max(width, 1))
+        angles.append(place_TB3[..., axis, None].double() * frequency)
+    return torch.cat(angles, dim=-1)
+
+
+def rotate(x_TBNA: Tensor, cos_TB1h: Tensor, sin_TB1h: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last dim by angles whose cosines and sines are [T, B, 1, A / 2].
+
+    Computed in fp32 (fp64 stays fp64); the dtype of x.
+    """
+    even, odd = wide(x_TBNA).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos_TB1h - odd * sin_TB1h, even * sin_TB1h + odd * cos_TB1h), dim=-1)
+    return turned.flatten(-2).type_as(x_TBNA)

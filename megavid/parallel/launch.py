@@ -1,0 +1,416 @@
+"""How ranks come to be: started by torchrun or srun, by ``--ranks N`` itself, or a world of one.
+
+Owns reading the launcher's variables, the start of ``torch.distributed``, and local ranks with their whole life: they
+live in the launcher's process group, look to everything else like torchrun's, die with the launcher, and the first one
+that fails ends the others. Owns no mesh: axes and groups are ``megavid.parallel.mesh``'s.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megavid import errors
+from megavid.errors import ConfigError, MegavidError, RankLost
+from megavid.parallel import cpu
+
+Device = Literal["cpu", "cuda"]
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+GRACE_S = 5.0  # between asking the other ranks to end and killing them
+LONGEST_TRACEBACK = 16_000  # characters; fits in a pipe that nobody reads until the rank has ended
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnv:
+    """Who this process is among the ranks of the run.
+
+    Attributes:
+        rank: from 0, over all nodes.
+        world_size: ranks in all.
+        local_rank: from 0, on this node; the index of its GPU.
+        master_address: host where rank 0 meets the others.
+        master_port: its port; 0 in a world of one.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master_address: str = "127.0.0.1"
+    master_port: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @classmethod
+    def detect(cls, environ: Mapping[str, str] | None = None) -> "RankEnv":
+        """Read what the launcher says: torchrun's variables, else srun's, else a world of one.
+
+        Args:
+            environ: the environment; ``os.environ`` if None.
+
+        Raises:
+            ConfigError: a variable is missing or is not a number, or a Slurm job script was not started through srun.
+        """
+        environ = os.environ if environ is None else environ
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            return cls(
+                rank=_number(environ, "RANK"),
+                world_size=_number(environ, "WORLD_SIZE"),
+                local_rank=_number(environ, "LOCAL_RANK", "0"),
+                master_address=environ.get("MASTER_ADDR", "127.0.0.1"),
+                master_port=_number(environ, "MASTER_PORT"),
+            )
+        if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
+            return cls._of_slurm(environ)
+        return cls()
+
+    @classmethod
+    def _of_slurm(cls, environ: Mapping[str, str]) -> "RankEnv":
+        world_size = _number(environ, "SLURM_NTASKS")
+        if world_size == 1:
+            return cls()
+        if "SLURM_JOB_ID" in environ and not any(name in environ for name in STEP_VARIABLES):
+            # A job script itself carries SLURM_PROCID = 0: alone, it would wait for the others until the time limit.
+            raise ConfigError(
+                f"SLURM_NTASKS = {world_size}, but this process was not started by srun; "
+                "use `srun megavid ...`, or --ranks N for ranks on this node"
+            )
+        nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+        job = re.sub(r"\D", "", environ.get("SLURM_JOB_ID", "0")) or "0"
+        return cls(
+            rank=_number(environ, "SLURM_PROCID"),
+            world_size=world_size,
+            local_rank=_number(environ, "SLURM_LOCALID", "0"),
+            master_address=environ.get("MASTER_ADDR") or first_host(nodes),
+            # The same on every node, below the ports that systems give out, other for jobs that share a node.
+            master_port=_number(environ, "MASTER_PORT", str(20_000 + int(job) % 10_000)),
+        )
+
+    def export(self) -> None:
+        """Write torchrun's variables to ``os.environ``: torch's rendezvous and other libraries read them."""
+        os.environ.update(
+            RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=str(self.local_rank),
+            MASTER_ADDR=self.master_address, MASTER_PORT=str(self.master_port),
+        )  # fmt: skip
+
+
+STEP_VARIABLES = (
+    "SLURM_STEP_ID",
+    "SLURM_STEPID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_SRUN_COMM_HOST",
+)
+
+
+def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
+    value = environ.get(name, default)
+    if value is None or not value.isdigit():
+        raise ConfigError(f"environment variable {name} = {value!r} must be a number; it is set by torchrun or srun")
+    return int(value)
+
+
+def first_host(nodes: str) -> str:
+    """First host of a Slurm node list such as ``gpu[003-006,9],login``.
+
+    ``scontrol show hostnames`` knows the whole grammar; containers often lack it, so the common form is read here.
+    """
+    scontrol = shutil.which("scontrol")
+    if scontrol is not None:
+        answer = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+        if answer.returncode == 0 and answer.stdout.split():
+            return answer.stdout.split()[0]
+    match = re.match(r"([^\[\],]+)(?:\[(\w+)[^\]]*\])?([^\[\],]*)", nodes)
+    if match is None:
+        raise ConfigError(f"SLURM_STEP_NODELIST = {nodes!r} is not a list of hosts; set MASTER_ADDR")
+    prefix, number, suffix = match.groups()
+    return f"{prefix}{number or ''}{suffix}"
+
+
+def init_distributed(env: RankEnv, device: Device, timeout_s: float = 600.0) -> None:
+    """Start ``torch.distributed`` on this rank: gloo on CPUs, NCCL on GPUs.
+
+    Args:
+        env: who this rank is.
+        device: where tensors live.
+        timeout_s: limit of the rendezvous and of every collective.
+
+    Ranks:
+        Collective over the world; returns when all have come. A world of one needs no network.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    if device == "cuda":
+        # megatron-core overlaps communication with the kernels of one stream by this order; read when CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.cuda.set_device(env.local_rank)
+    else:
+        cpu.install()
+    backend = "nccl" if device == "cuda" else "gloo"
+    if env.world_size == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    env.export()
+    dist.init_process_group(backend, init_method="env://", timeout=timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a rank ended that did not end well.
+
+    Attributes:
+        rank: which one.
+        kind: class name of a MegavidError; "" for any other exception; "signal" for a rank that was killed.
+        exit_code: of the rank; the signal's number for "signal".
+        message: one line for a MegavidError, a traceback for any other.
+        at_s: when, on the machine's monotonic clock: what follows from the first failure is not shown.
+    """
+
+    rank: int
+    kind: str
+    exit_code: int
+    message: str
+    at_s: float
+
+
+def run_local_ranks(entry: Callable[[RankEnv], None], num_ranks: int, device: Device = "cpu") -> None:
+    """Run ``entry`` on ``num_ranks`` ranks of this machine and return when all have ended well.
+
+    On CPUs the ranks are forked: import what ``entry`` needs first, and start no threads. On GPUs they are spawned, so
+    ``entry`` must be picklable. One rank runs in this process. Ranks divide the cores among them unless OMP_NUM_THREADS
+    says otherwise. SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on; a terminal's Ctrl-C reaches ranks by itself as
+    well, so a rank may see a signal twice.
+
+    Args:
+        entry: called with the rank's ``RankEnv``, which it gives to ``init_distributed``.
+        num_ranks: at least 1.
+        device: decides between fork and spawn.
+
+    Raises:
+        MegavidError: what the first failing rank raised, once.
+        RankLost: a rank was killed by a signal.
+        SystemExit: with the first failing rank's status after any other exception, whose traceback is then printed;
+            with 128 + signal when the launcher was asked to stop and the ranks had no better answer.
+    """
+    if num_ranks < 1:
+        raise ConfigError(f"--ranks {num_ranks} must be at least 1")
+    if num_ranks == 1:
+        entry(RankEnv())
+        return
+    context = get_context("fork" if device == "cpu" else "spawn")
+    ranks: list[_LocalRank] = []
+    passed_on: list[int] = []
+    with _signals_passed_on(ranks, passed_on):
+        try:
+            # A signal in a fresh child must not run the launcher's handler: it waits until the child has its own.
+            signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+            for rank in range(num_ranks):
+                ranks.append(_LocalRank.start(context, entry, rank, num_ranks, device))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+            # The ranks meet here. After the forks, because it runs a thread; on a port that nobody can take meanwhile.
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+            for local in ranks:
+                local.tell(store.port)
+            failures = _watch(ranks)
+        finally:
+            _end(ranks)
+    if failures:
+        _raise_first(failures, passed_on)
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalRank:
+    rank: int
+    process: BaseProcess
+    pipe: "connection.Connection[Any, Any]"
+
+    @classmethod
+    def start(
+        cls, context: Any, entry: Callable[[RankEnv], None], rank: int, num_ranks: int, device: Device
+    ) -> "_LocalRank":
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_rank_main,
+            args=(entry, rank, num_ranks, device, theirs, os.getpid()),
+            name=f"megavid-rank-{rank}",
+        )
+        process.start()
+        theirs.close()
+        return cls(rank, process, ours)
+
+    def tell(self, port: int) -> None:
+        """Give the rank the port of the rendezvous; one that has died already is found by ``_watch``."""
+        try:
+            self.pipe.send(port)
+        except OSError:
+            return
+
+    def send_signal(self, number: int) -> None:
+        """Signal the rank if it is still there."""
+        if self.process.pid is not None and self.process.exitcode is None:
+            os.kill(self.process.pid, number)
+
+    def failure(self) -> Failure | None:
+        """What this ended rank said, or what its exit status says, or None if it ended well."""
+        try:
+            if self.pipe.poll():
+                report: Failure = self.pipe.recv()
+                return report
+        except (EOFError, OSError):
+            pass
+        code = self.process.exitcode or 0
+        if code < 0:
+            return Failure(self.rank, "signal", -code, "", time.monotonic())
+        return Failure(self.rank, "", code, f"exited with status {code}\n", time.monotonic()) if code else None
+
+
+def _rank_main(
+    entry: Callable[[RankEnv], None], rank: int, num_ranks: int, device: Device, pipe: Any, launcher: int
+) -> None:
+    die_with_parent(launcher)
+    for number in PASSED_ON:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    if device == "cpu":
+        # Local ranks talk over the loopback, whatever the machine's name resolves to.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+        torch.set_num_threads(_threads_of_rank(num_ranks))
+        cpu.install()
+    env = RankEnv(rank, num_ranks, rank, "127.0.0.1", pipe.recv())
+    env.export()
+    # torch's word for: the store at MASTER_PORT is the launcher's, rank 0 must not open another.
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    failure = _attempt(entry, env)
+    if failure is not None:
+        pipe.send(failure)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without the interpreter's end: threads that wait for a lost peer would keep the rank from leaving.
+    os._exit(failure.exit_code if failure else 0)
+
+
+def _threads_of_rank(num_ranks: int) -> int:
+    """Threads of one CPU rank: what OMP_NUM_THREADS says, else its share of the cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // num_ranks)
+
+
+def _attempt(entry: Callable[[RankEnv], None], env: RankEnv) -> Failure | None:
+    """Run the rank; an error of any kind becomes a record for the launcher."""
+    try:
+        entry(env)
+    except MegavidError as error:
+        return Failure(env.rank, type(error).__name__, error.exit_code, str(error), time.monotonic())
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Failure(env.rank, "", code, f"exited: {stop.code}\n", time.monotonic()) if code else None
+    except BaseException:
+        return Failure(env.rank, "", 1, traceback.format_exc()[-LONGEST_TRACEBACK:], time.monotonic())
+    return None
+
+
+def _watch(ranks: list[_LocalRank]) -> list[Failure]:
+    """Wait until all ranks have ended, or one has failed; then what failed, with a moment for the others' own words."""
+    running = list(ranks)
+    failures: list[Failure] = []
+    deadline = float("inf")
+    while running and time.monotonic() < deadline:
+        wait_s = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+        connection.wait([local.process.sentinel for local in running], wait_s)
+        for local in [local for local in running if local.process.exitcode is not None]:
+            running.remove(local)
+            failure = local.failure()
+            if failure is not None:
+                failures.append(failure)
+                # A rank that was killed makes the others fail in the same instant: wait for its status too.
+                deadline = min(deadline, time.monotonic() + 0.5)
+    return failures
+
+
+def _end(ranks: list[_LocalRank]) -> None:
+    """End every rank that is left: asked first, killed after ``GRACE_S``."""
+    for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+        running = [local for local in ranks if local.process.exitcode is None]
+        for local in running:
+            local.send_signal(number)
+        deadline = time.monotonic() + patience_s
+        for local in running:
+            local.process.join(max(0.0, deadline - time.monotonic()))
+
+
+def _raise_first(failures: list[Failure], passed_on: list[int]) -> None:
+    killed = [failure for failure in failures if failure.kind == "signal"]
+    if passed_on and all(failure.exit_code in passed_on for failure in killed) and len(killed) == len(failures):
+        raise SystemExit(128 + passed_on[0])
+    unasked = [failure for failure in killed if failure.exit_code not in passed_on]
+    first = min(unasked or failures, key=lambda failure: failure.at_s)
+    if first.kind == "signal":
+        name = signal.Signals(first.exit_code).name
+        raise RankLost(f"rank {first.rank} was killed by {name}; the other ranks were ended")
+    if first.kind:
+        known = vars(errors).get(first.kind)
+        if isinstance(known, type) and issubclass(known, MegavidError):
+            raise known(first.message)
+        error = MegavidError(first.message)
+        error.exit_code = first.exit_code
+        raise error
+    sys.stderr.write(f"rank {first.rank} failed:\n{first.message}")
+    raise SystemExit(first.exit_code)
+
+
+@contextmanager
+def _signals_passed_on(ranks: list[_LocalRank], passed_on: list[int]) -> Iterator[None]:
+    """While open, signals to this process go to the ranks, and are noted in ``passed_on``."""
+
+    def pass_on(number: int, frame: Any) -> None:
+        passed_on.append(number)
+        for local in ranks:
+            local.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python gives signal handlers to the main thread only
+        return
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have this process killed when the process ``parent``, which started it, ends in any way, kill -9 included."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # <linux/prctl.h>
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    else:
+        threading.Thread(target=_poll_parent, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(errors.RankLost.exit_code)
+
+
+def _poll_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,169 @@
+"""AdamW whose state is sharded over data-parallel ranks: megatron-core's DistributedOptimizer behind a typed seam.
+
+Owns the one place that reads the optimizer's private range maps: which flat range of which parameter this rank has, and
+the fp32 master, moments and moving average of it. Everything else sees ``Shard`` and ``Fragment``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavid.config.schema import OptimizerConfig
+from megavid.parallel import mcore
+from megavid.parallel.fragment import Fragment, boxes_of_range
+from megavid.parallel.mesh import Mesh
+from megavid.parallel.placement import Placement, is_owner, placement_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The flat range ``[start, start + master.numel())`` of one local parameter that this rank updates.
+
+    Attributes:
+        parameter: the whole local parameter.
+        start: first element of the range.
+        master: fp32 values, 1-D; a view of the parameter where that is fp32 itself.
+        state: Adam's state of the range: ``exp_avg``, ``exp_avg_sq`` and ``step``.
+        ema: moving average of the values, or None where the run keeps none.
+    """
+
+    parameter: torch.nn.Parameter
+    start: int
+    master: Tensor
+    state: dict[str, Tensor]
+    ema: Tensor | None
+
+
+class ShardedAdamW:
+    """The optimizer of all chunks of this rank, dense and expert parameters alike."""
+
+    def __init__(
+        self, config: OptimizerConfig, chunks: list[Any], mesh: Mesh, *, is_bf16: bool, overlap_param_gather: bool
+    ) -> None:
+        self.config, self.mesh = config, mesh
+        self._chained = mcore.get_megatron_optimizer(
+            mcore.OptimizerConfig(
+                optimizer="adam",
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.clip_norm,
+                bf16=is_bf16,
+                use_distributed_optimizer=True,
+                overlap_param_gather=overlap_param_gather,
+            ),
+            chunks,
+            config_overrides=mcore.without_weight_decay(lambda parameter: not placement_of(parameter).has_decay),
+            use_gloo_process_groups=False,
+        )
+        self._chunks = chunks
+        # Adam's step counts the updates, which skipped steps are not.
+        self.updates = 0
+        self.shards = [self._with_state(*found) for found in self._owned()]
+
+    @property
+    def _parts(self) -> list[Any]:
+        parts: list[Any] = self._chained.chained_optimizers
+        return [part for part in parts if not part.is_stub_optimizer]
+
+    def _owned(self) -> Iterator[tuple[Any, torch.nn.Parameter, int, Tensor]]:
+        """(optimizer, parameter, start, master) of everything that this rank updates."""
+        for part in self._parts:
+            for buffer in part.gbuf_ranges:
+                for buckets in buffer.values():
+                    for bucket in buckets:
+                        for parameter, ranges in bucket["param_map"].items():
+                            group, place = part.model_param_group_index_map[parameter]
+                            master = part.optimizer.param_groups[group]["params"][place]
+                            yield part, parameter, ranges["param"].start, master
+
+    def _with_state(self, part: Any, parameter: torch.nn.Parameter, start: int, master: Tensor) -> Shard:
+        # Adam makes its state at the first step; a checkpoint needs somewhere to load into before that. Each parameter
+        # has a step of its own: one that is shared would be counted up once for every parameter.
+        state = part.optimizer.state[master]
+        for name in MOMENTS:
+            state[name] = torch.zeros_like(master)
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        ema = torch.zeros_like(master.detach()) if self.config.ema_decay > 0 else None
+        return Shard(parameter, start, master, state, ema)
+
+    def gradient_norm(self) -> float:
+        """Norm of the whole model's gradient, the same on every rank; nothing is clipped yet."""
+        self._chained.prepare_grads()
+        return float(self._chained.get_grad_norm())
+
+    def step(self, learning_rate: float, gradient_norm: float) -> None:
+        """Clip by ``gradient_norm``, update the masters and moments, gather the parameters, move the average."""
+        for part in self._parts:
+            for group in part.optimizer.param_groups:
+                group["lr"] = learning_rate
+                group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+            if self.config.clip_norm > 0:
+                mcore.clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.clip_norm, gradient_norm)
+        self._chained.step_with_ready_grads()
+        self.updates += 1
+        for shard in self.shards:
+            if shard.ema is not None:
+                shard.ema.lerp_(shard.master.detach(), 1.0 - self._ema_decay())
+
+    def _ema_decay(self) -> float:
+        """Decay of the moving average, smaller in the first steps so that it forgets the initial weights.
+
+        Source: the warm-up of TensorFlow's ExponentialMovingAverage(num_updates), (1 + n) / (10 + n).
+        """
+        return min(self.config.ema_decay, (1 + self.updates) / (10 + self.updates))
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._chained.zero_grad()
+
+    def publish(self) -> None:
+        """Copy the masters to the model's parameters and gather them: after loading or initialising the masters."""
+        for part in self._parts:
+            part._copy_main_params_to_model_params()
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def set_updates(self, updates: int) -> None:
+        """Say how many updates the loaded moments have seen."""
+        self.updates = updates
+        for shard in self.shards:
+            shard.state["step"].fill_(updates)
+
+    def fragments(self) -> list[Fragment]:
+        """Masters (as ``model/``), moments and average of this rank's ranges, in model space."""
+        found: list[Fragment] = []
+        for shard in self.shards:
+            tensors = {"model": shard.master.detach(), **{name: shard.state[name] for name in MOMENTS}}
+            if shard.ema is not None:
+                tensors["ema"] = shard.ema
+            owner = is_owner(shard.parameter, self.mesh.coordinates)
+            for kind, tensor in tensors.items():
+                found += fragments_of(kind, placement_of(shard.parameter), tensor, shard.start, owner)
+        return found
+
+
+def fragments_of(kind: str, placement: Placement, flat: Tensor, start: int, owner: bool) -> list[Fragment]:
+    """Cut ``flat``, elements from ``start`` on of a local parameter, into fragments of the tensors it is made of."""
+    stop = start + flat.numel()
+    found = []
+    for piece in placement.pieces:
+        size = torch.Size(piece.shape).numel()
+        low, high = max(start, piece.start), min(stop, piece.start + size)
+        if low >= high:
+            continue
+        inner = boxes_of_range(piece.shape, low - piece.start, high - piece.start)
+        boxes = tuple(box.moved_by(piece.offset) for box in inner)
+        found.append(
+            Fragment(f"{kind}/{piece.name}", piece.global_shape, boxes, flat[low - start : high - start], owner)
+        )
+    return found

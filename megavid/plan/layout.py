@@ -1,0 +1,185 @@
+"""The layout of a run: how many ranks stand on each axis, where each rank stands, and which layers it holds.
+
+Owns every check that joins tables of the config with the world size. Pure arithmetic, no torch: the trainer,
+the planner and the tests ask the same functions. The order of ranks is megatron-core's: tensor fastest, then
+context, data, pipeline; for experts expert-tensor, expert, expert-data, pipeline.
+"""
+
+from dataclasses import dataclass
+
+from megavid.config.schema import ModelConfig, RunConfig, require
+
+DENSE_AXES = ("tp", "cp", "dp", "pp")
+EXPERT_AXES = ("etp", "ep", "edp", "pp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Degrees of every axis; ``tp * cp * dp * pp == etp * ep * edp * pp == world_size``."""
+
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    edp: int = 1
+    sequence: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    def size(self, axis: str) -> int:
+        """Ranks on ``axis`` ("tp", "cp", "dp", "pp", "ep", "etp", "edp")."""
+        return {
+            "tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp,
+            "ep": self.ep, "etp": self.etp, "edp": self.edp,
+        }[axis]  # fmt: skip
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where ``rank`` stands on every axis."""
+        place = {}
+        for axes in (DENSE_AXES, EXPERT_AXES):
+            rest = rank
+            for axis in axes:
+                rest, place[axis] = divmod(rest, self.size(axis))
+        return place
+
+    def describe(self) -> str:
+        """One short line, axes of size 1 left out: ``dp2 tp2+sp pp2 vpp2 ep2``."""
+        parts = [f"dp{self.dp}"]
+        parts += [f"tp{self.tp}" + ("+sp" if self.sequence else "")] if self.tp > 1 else []
+        parts += [f"{axis}{size}" for axis, size in (("cp", self.cp), ("pp", self.pp), ("vpp", self.vpp)) if size > 1]
+        parts += [f"{axis}{size}" for axis, size in (("ep", self.ep), ("etp", self.etp)) if size > 1]
+        return " ".join(parts)
+
+
+def layout_of(config: RunConfig, world_size: int) -> Layout:
+    """The layout that ``config`` asks for on ``world_size`` ranks.
+
+    Raises:
+        ConfigError: the degrees do not divide the world, the model, the experts, the packs or the batch.
+    """
+    parallel, train = config.parallel, config.train
+    tp, cp, pp, ep, etp = (
+        parallel.tensor,
+        parallel.context,
+        parallel.pipeline,
+        parallel.expert,
+        parallel.expert_tensor,
+    )
+    dense, expert = tp * cp * pp, etp * ep * pp
+    require(
+        world_size % dense == 0,
+        f"parallel.tensor x context x pipeline = {tp} x {cp} x {pp} = {dense} must divide the number of "
+        f"ranks = {world_size}; change parallel.* or --ranks",
+    )
+    require(
+        world_size % expert == 0,
+        f"parallel.expert_tensor x expert x pipeline = {etp} x {ep} x {pp} = {expert} must divide the number "
+        f"of ranks = {world_size}; change parallel.* or --ranks",
+    )
+    dp = world_size // dense
+    _check_model(config)
+    require(
+        train.global_batch_size % (train.micro_batch_size * dp) == 0,
+        f"train.micro_batch_size x data parallel = {train.micro_batch_size} x {dp} = "
+        f"{train.micro_batch_size * dp} must divide "
+        f"train.global_batch_size = {train.global_batch_size}",
+    )
+    require(
+        config.data.pack_tokens % (tp * cp) == 0,
+        f"data.pack_tokens = {config.data.pack_tokens} must be a multiple of parallel.tensor x context = {tp * cp}",
+    )
+    microbatches = train.global_batch_size // (train.micro_batch_size * dp)
+    require(
+        parallel.virtual_pipeline == 1 or microbatches % pp == 0,
+        f"with parallel.virtual_pipeline > 1 the microbatches of a step = {microbatches} must be a multiple "
+        f"of parallel.pipeline = {pp}; change train.global_batch_size or train.micro_batch_size",
+    )
+    return Layout(
+        tp=tp, cp=cp, dp=dp, pp=pp, vpp=parallel.virtual_pipeline, ep=ep, etp=etp, edp=world_size // expert,
+        sequence=parallel.is_sequence_parallel,
+    )  # fmt: skip
+
+
+def _check_model(config: RunConfig) -> None:
+    parallel, model = config.parallel, config.model
+    require(
+        parallel.context == 1,
+        f"parallel.context = {parallel.context}: context parallelism is not built yet; set 1",
+    )
+    require(
+        model.num_heads % parallel.tensor == 0,
+        f"parallel.tensor = {parallel.tensor} must divide model.num_heads = {model.num_heads}",
+    )
+    require(
+        model.ffn_size % parallel.tensor == 0,
+        f"parallel.tensor = {parallel.tensor} must divide model.ffn_size = {model.ffn_size}",
+    )
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    require(
+        chunks <= model.num_layers,
+        f"parallel.pipeline x virtual_pipeline = {chunks} must be at most model.num_layers = {model.num_layers}",
+    )
+    has_shared = model.family == "wan_moe" and model.moe.shared_ffn_size > 0
+    require(
+        not parallel.shared_expert_overlap or has_shared,
+        "parallel.shared_expert_overlap = true needs a shared expert; set model.family = 'wan_moe' and "
+        "model.moe.shared_ffn_size, or leave it false",
+    )
+    require(
+        not parallel.shared_expert_overlap or parallel.dispatcher == "alltoall",
+        f"parallel.shared_expert_overlap = true needs parallel.dispatcher = 'alltoall', got '{parallel.dispatcher}'",
+    )
+    if model.family == "wan":
+        require(
+            parallel.expert == 1 and parallel.expert_tensor == 1,
+            f"parallel.expert = {parallel.expert} and parallel.expert_tensor = {parallel.expert_tensor} need "
+            "model.family = 'wan_moe'; a dense model has no experts",
+        )
+        return
+    _check_experts(config)
+
+
+def _check_experts(config: RunConfig) -> None:
+    parallel, model, moe = config.parallel, config.model, config.model.moe
+    require(
+        moe.num_experts % parallel.expert == 0,
+        f"parallel.expert = {parallel.expert} must divide model.moe.num_experts = {moe.num_experts}; set 1, "
+        "2, 4, 8, ...",
+    )
+    require(
+        moe.expert_ffn_size % parallel.expert_tensor == 0,
+        f"parallel.expert_tensor = {parallel.expert_tensor} must divide model.moe.expert_ffn_size = "
+        f"{moe.expert_ffn_size}",
+    )
+    require(
+        model.hidden_size % parallel.expert_tensor == 0,
+        f"parallel.expert_tensor = {parallel.expert_tensor} must divide model.hidden_size = {model.hidden_size}",
+    )
+    require(
+        moe.shared_ffn_size % parallel.tensor == 0,
+        f"parallel.tensor = {parallel.tensor} must divide model.moe.shared_ffn_size = {moe.shared_ffn_size}",
+    )
+    require(
+        parallel.tensor == 1 or parallel.is_sequence_parallel,
+        "parallel.sequence = false with parallel.tensor > 1 is for dense models: experts need sequence "
+        "parallelism; leave parallel.sequence at 'auto'",
+    )
+
+
+def layers_of_chunk(model: ModelConfig, layout: Layout, pp_rank: int, vpp_rank: int) -> range:
+    """Blocks (from 0) of one model chunk: contiguous, as even as can be, the earlier ones longer."""
+    chunks, chunk = layout.pp * layout.vpp, vpp_rank * layout.pp + pp_rank
+    base, extra = divmod(model.num_layers, chunks)
+    first = chunk * base + min(chunk, extra)
+    return range(first, first + base + (chunk < extra))
+
+
+def microbatches_of_step(config: RunConfig, layout: Layout) -> int:
+    """Microbatches that each data-parallel rank takes in one optimizer step."""
+    return config.train.global_batch_size // (config.train.micro_batch_size * layout.dp)

@@ -1,0 +1,63 @@
+"""Which callbacks a run has, at which interval, in which order.
+
+Owns the list. Callbacks that talk to other ranks stand on every rank, in the same order; the others on rank 0.
+"""
+
+from megavid.config.schema import RunConfig
+from megavid.errors import ConfigError
+from megavid.training.callbacks import (
+    BadSamples,
+    Callback,
+    Callbacks,
+    MetricsLog,
+    RouterLog,
+    Run,
+    TensorBoard,
+    Terminal,
+    WorstSamples,
+)
+from megavid.training.reports import LossPlot, PictureGrid, Validation
+
+
+def build_callbacks(run: Run) -> Callbacks:
+    """The callbacks of this rank as (callback, interval in steps)."""
+    log = run.config.log
+    entries: list[tuple[Callback, int]] = []
+    if run.mesh.is_main:
+        entries.append((MetricsLog(), 1))
+        if run.config.model.family == "wan_moe":
+            entries.append((RouterLog(), log.interval_steps))
+        if log.tensorboard:
+            entries.append((TensorBoard(), 1))
+        entries.append((Terminal(), log.interval_steps))
+    if log.validation_interval_steps:
+        entries.append((Validation(), log.validation_interval_steps))
+    if log.sample_interval_steps:
+        entries.append((PictureGrid(), log.sample_interval_steps))
+    if log.worst_samples:
+        entries.append((WorstSamples(log.worst_samples), 1))
+    entries.append((BadSamples(), 1))
+    if run.mesh.is_main:
+        entries.append((LossPlot(), 1))
+    return Callbacks(run, entries)
+
+
+def check_reports(config: RunConfig) -> None:
+    """Refuse reports that could never come, before anything runs.
+
+    Raises:
+        ConfigError: validation or held-out captions without held-out clips.
+    """
+    log = config.log
+    if config.data.validation_samples:
+        return
+    if log.validation_interval_steps:
+        raise ConfigError(
+            f"log.validation_interval_steps = {log.validation_interval_steps} needs held-out clips, but "
+            "data.validation_samples = 0; raise it or set the interval to 0"
+        )
+    if log.sample_interval_steps and not log.sample_prompts:
+        raise ConfigError(
+            f"log.sample_interval_steps = {log.sample_interval_steps} needs prompts, but log.sample_prompts is empty "
+            "and data.validation_samples = 0; give prompts"
+        )

@@ -1,0 +1,187 @@
+"""The training loop: everything a run does on one rank, from the open mesh to the last checkpoint.
+
+Owns the order of things. Every decision that ends or changes the run is taken by all ranks at the same step.
+"""
+
+import math
+import os
+import platform
+from typing import Any
+
+from megavid.checkpoint import AsyncSaver
+from megavid.config.load import dump_toml
+from megavid.config.schema import RunConfig
+from megavid.data.build import build_source, build_text_encoder
+from megavid.data.loader import Loader
+from megavid.data.sample import ClipSource
+from megavid.diffusion.objective import FlowObjective
+from megavid.errors import CheckpointError, NumericalStop, StopRequested
+from megavid.models.runner import build_engine
+from megavid.parallel.engine import Engine
+from megavid.parallel.mesh import Mesh
+from megavid.training.build import build_callbacks
+from megavid.training.callbacks import Run
+from megavid.training.diagnose import first_bad_part
+from megavid.training.kit import SamplingKit
+from megavid.training.metrics import cut_after
+from megavid.training.resume import check_init_from, config_of, has_average, load_weights, resume
+from megavid.training.run_dir import RunDir, Start
+from megavid.training.state import TrainState
+from megavid.training.step import StepReport, TrainStep
+from megavid.training.stop import StopSignal
+
+
+def train(config: RunConfig, mesh: Mesh, run_dir: RunDir, start: Start) -> TrainState:
+    """Train to ``config.train.steps``, or to ``train.stop_at_step``, and return the final state.
+
+    Args:
+        config: the run.
+        mesh: open, in the layout of the config.
+        run_dir: where everything is written; this start holds its lock.
+        start: what this start goes on from; not a finished run.
+
+    Raises:
+        NumericalStop: too many steps in a row were not finite.
+        StopRequested: a signal asked for it; everything is saved.
+
+    Ranks: collective over the world.
+    """
+    with StopSignal(mesh) as stop:
+        source = build_source(config)
+        text_encoder = build_text_encoder(config)
+        kit = SamplingKit.of(config, source, text_encoder)
+        engine = build_engine(config, mesh)
+        state, loader_state = load_or_initialize(engine, config, source, run_dir, start)
+        objective = FlowObjective(config.diffusion, config.train.seed)
+        take_step = TrainStep(config, engine, objective)
+        loader = Loader(
+            config, source, text_encoder, dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
+            start_step=state.step + 1, state=loader_state, drops_caption=objective.drops_caption,
+        )  # fmt: skip
+        saver = AsyncSaver(
+            run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
+            layout=mesh.layout.describe(), extra=kit.files(),
+        )  # fmt: skip
+        run = Run(config, mesh, engine, run_dir, state, loader, kit)
+        write_start(run, start)
+
+        with loader, saver, build_callbacks(run) as callbacks:
+            while state.step < last_step(config) and not stop.agreed:
+                waited_s = loader.waited_s
+                microbatches = next(loader)
+                report = take_step(state, microbatches, loader.waited_s - waited_s)
+                callbacks.after_step(report)
+                if not report.is_finite:
+                    note_bad_step(run, report)
+                if state.bad_in_a_row >= config.train.max_bad_steps:
+                    raise numerical_stop(run, report, first_bad_part(engine, objective, microbatches))
+
+                saver.poll()  # a save that failed in the background ends the run here
+                stop.agree()  # every rank takes the same decision, once per step
+                if is_save_due(config, state.step) or stop.agreed:
+                    callbacks.before_save()
+                    progress = state.to_json(seed=config.train.seed, loader=loader.state_dict())
+                    saver.save(state.step, engine.fragments(), progress)
+                    run.event("saved", step=state.step, held_s=round(saver.held_s, 3))
+            saver.wait()
+        return finish(run, stop.agreed)
+
+
+def last_step(config: RunConfig) -> int:
+    """The step after which this start ends."""
+    return min(config.train.steps, config.train.stop_at_step or config.train.steps)
+
+
+def is_save_due(config: RunConfig, step: int) -> bool:
+    """Whether a checkpoint is taken after ``step``."""
+    interval = config.checkpoint.interval_steps
+    return step == last_step(config) or (interval > 0 and step % interval == 0)
+
+
+def load_or_initialize(
+    engine: Engine[Any], config: RunConfig, source: ClipSource, run_dir: RunDir, start: Start
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """Fill the weights; return the counters and the loader's state, None at the beginning of a run."""
+    if start.checkpoint is not None:
+        try:
+            return resume(engine, start.checkpoint)
+        except CheckpointError as error:
+            raise run_dir.with_way_out(error) from error
+    if config.train.init_from:
+        checkpoint = check_init_from(config, source)
+        load_weights(engine, checkpoint, kind="ema" if has_average(config_of(checkpoint)) else "model")
+    else:
+        engine.initialize(config.train.seed)
+    return TrainState(), None
+
+
+def write_start(run: Run, start: Start) -> None:
+    """Write what this start is: run.toml, ranks.json, an event; cut the rows after the loaded checkpoint."""
+    mesh, run_dir, layout = run.mesh, run.run_dir, run.mesh.layout.describe()
+    row = {
+        "rank": mesh.rank,
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "coordinates": mesh.coordinates,
+        "parameters": sum(parameter.numel() for parameter in run.engine.parameters()),
+    }
+    rows = mesh.all_gather_object(row)
+    if mesh.is_main:
+        for file in (run_dir.metrics_file, run_dir.router_file):
+            cut_after(file, run.state.step)
+        run_dir.write_config(run.config)
+        run_dir.write_ranks(rows)
+        fields = {"step": run.state.step, "layout": layout, "ranks": mesh.world_size}
+        if start.checkpoint is not None:
+            run_dir.event("resumed", **fields, checkpoint=start.checkpoint.name)
+        else:
+            run_dir.event("started", **fields, init_from=run.config.train.init_from)
+
+
+def note_bad_step(run: Run, report: StepReport) -> None:
+    """Note a skipped step with the samples that made it so (all of the step, where every loss is finite)."""
+    run.event(
+        "skipped",
+        step=report.step,
+        culprit=report.culprit,
+        samples=bad_samples(run, report),
+        in_a_row=run.state.bad_in_a_row,
+    )
+
+
+def bad_samples(run: Run, report: StepReport) -> list[int]:
+    """Samples of the step whose loss is not finite, on any rank; all of its samples where every loss is finite."""
+    gathered = run.mesh.all_gather_object(report.clip_losses)
+    clips = [clip for losses in gathered for clip in losses]
+    bad = [clip for clip in clips if not math.isfinite(clip.loss)]
+    return sorted({clip.sample for clip in bad or clips})
+
+
+def numerical_stop(run: Run, report: StepReport, origin: str) -> NumericalStop:
+    """The error that ends a run after too many skipped steps in a row."""
+    samples = bad_samples(run, report)
+    shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+    return NumericalStop(
+        f"step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}, first not finite: {origin} "
+        f"({report.culprit}), samples {shown}; {run.state.bad_in_a_row} steps in a row were skipped, the limit is "
+        f"train.max_bad_steps = {run.config.train.max_bad_steps}"
+    )
+
+
+def finish(run: Run, stopped_by: str) -> TrainState:
+    """Say how this start ended.
+
+    Raises:
+        StopRequested: a signal ended it before its last step.
+    """
+    step, steps = run.state.step, run.config.train.steps
+    if step >= steps:
+        run.event("finished", step=step)
+    elif stopped_by:
+        run.event("stopped", step=step, reason=stopped_by)
+        raise StopRequested(
+            f"{stopped_by} at step {step} of {steps}: saved; the same command on {run.run_dir.path} goes on"
+        )
+    else:
+        run.event("stopped", step=step, reason="train.stop_at_step")
+    return run.state

@@ -1,0 +1,132 @@
+"""One optimizer step of a model under an objective: noise, forward, backward, reduce, decide, update.
+
+Owns the arithmetic that makes a step independent of the layout: the loss has one denominator, the elements of the
+whole global batch, fixed before anything runs; whether the step is taken is decided from reduced figures, alike on every rank.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megavid.diffusion.objective import ClipLosses, Noised
+from megavid.models.moe.stats import RoutingStats, update_expert_bias_
+from megavid.ops.packs import LatentBatch
+from megavid.parallel.engine import Engine
+from megavid.parallel.gradients import gradient_of
+from megavid.parallel.placement import placement_of
+
+
+class Objective(Protocol):
+    """What is learnt: how a batch is noised, and how far the model's answer is from the target."""
+
+    def noise(self, batch: LatentBatch) -> Noised:
+        """Noised inputs and the target of a batch."""
+
+    def loss(self, velocity_BTP: Tensor, noised: Noised) -> ClipLosses:
+        """Sums of squared errors, by clip."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Figures of one step, equal on every rank.
+
+    Attributes:
+        loss: mean squared error over the elements of the global batch.
+        grad_norm: norm of the whole gradient before clipping.
+        finite: False where the step was skipped.
+        routing: statistics of each expert layer over the global batch.
+        culprit: where a step was skipped, what was not finite, as far as one can tell; else "".
+    """
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    routing: dict[int, RoutingStats]
+    culprit: str
+
+
+def train_step(
+    engine: "Engine[Any]", microbatches: Sequence[LatentBatch], objective: Objective, *, learning_rate: float
+) -> StepMetrics:
+    """Take one optimizer step on this rank's ``microbatches`` of the global batch.
+
+    Ranks: collective; every rank of one model replica has the same microbatches.
+    """
+    mesh, device = engine.mesh, engine.mesh.device
+    model = engine.config.model
+    width = model.out_channels * model.patch_volume
+    local = torch.tensor(
+        [sum(b.num_tokens for b in microbatches) * width, sum(len(b.clips) for b in microbatches)],
+        dtype=torch.float64,
+        device=device,
+    )
+    elements, clips = mesh.sum(local, over="dp").tolist()
+
+    def forward(chunk: Any, noised: Noised) -> Tensor:
+        result: Tensor = chunk(noised.input, aux_scale=1.0 / clips)
+        return result
+
+    def loss_of(noised: Noised, velocity_BTP: Tensor) -> tuple[Tensor, Tensor]:
+        part = objective.loss(velocity_BTP, noised).sum_G.sum() / elements
+        return part, part.detach().clone()  # the schedule divides the first in place
+
+    parts = engine.forward_backward(forward, loss_of, [objective.noise(batch) for batch in microbatches])
+    loss = _global_loss(engine, parts)
+    norm = engine.updates.gradient_norm()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    routing = _global_routing(engine)
+    culprit = ""
+    if finite:
+        engine.updates.step(learning_rate, norm)
+        _update_router_bias(engine, routing)
+    else:
+        culprit = _find_culprit(engine)
+    return StepMetrics(loss, norm, finite, routing, culprit)
+
+
+def _global_loss(engine: "Engine[Any]", parts: list[Tensor]) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
+    for part in parts:
+        total = total + part.double()
+    for axis in ("dp", "pp"):  # only the last stage has parts; its tensor-parallel ranks all have the same
+        total = engine.mesh.sum(total, over=axis)
+    return float(total)
+
+
+def _global_routing(engine: "Engine[Any]") -> dict[int, RoutingStats]:
+    """Statistics of this rank's layers, summed over the ranks that hold other tokens."""
+    summed = {}
+    for chunk in engine.chunks:
+        for layer, stats in chunk.take_routing().items():
+            flat = torch.cat([value.reshape(-1).double() for value in stats])
+            flat = engine.mesh.sum(flat, over="dp_cp")
+            if engine.mesh.is_sequence_parallel:
+                flat = engine.mesh.sum(flat, over="tp")
+            values, at = [], 0
+            for value in stats:
+                values.append(flat[at : at + value.numel()].view(value.shape))
+                at += value.numel()
+            summed[layer] = RoutingStats(*values)
+    return summed
+
+
+def _update_router_bias(engine: "Engine[Any]", routing: dict[int, RoutingStats]) -> None:
+    rate = engine.config.model.moe.bias_update_rate
+    for chunk in engine.chunks:
+        for block in chunk.blocks:
+            if block.layer in routing and block.feed_forward.router.expert_bias is not None:
+                update_expert_bias_(block.feed_forward.router, routing[block.layer].counts_QE.sum(0), rate)
+
+
+def _find_culprit(engine: "Engine[Any]") -> str:
+    """Name of the first parameter, in model order, whose gradient is not finite on any rank."""
+    bad = []
+    for parameter in engine.parameters():
+        if not torch.isfinite(gradient_of(parameter)).all():
+            bad += [piece.name for piece in placement_of(parameter).pieces]
+    found = sorted({name for names in engine.mesh.all_gather_object(bad[:4]) for name in names})
+    return f"gradient of {found[0]}" if found else "the loss itself; every gradient is finite"

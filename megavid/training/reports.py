@@ -1,0 +1,100 @@
+"""The callbacks that run the model or draw: validation loss, picture grids of prompts, and the loss plot.
+
+Owns when weights are averaged for them and what they write. They talk to other ranks, so they stand on every rank.
+"""
+
+import contextlib
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from megavid.data.pictures import contact_sheet
+from megavid.data.video import write_png
+from megavid.ops.packs import LatentBatch
+from megavid.training.callbacks import Callback, Run
+from megavid.training.metrics import read_rows
+from megavid.training.plots import plot_run
+from megavid.training.resume import has_average
+from megavid.training.sampling import Prompt, SamplerSettings, decode, rounds, sample_latents
+from megavid.training.step import StepReport
+from megavid.training.validation import ValidationLoss, validation_loss
+
+SMALL_METRICS_BYTES = 8 << 20
+"""Beyond this the loss plot is drawn at the end only, so that ranks do not wait for it at every checkpoint."""
+MAX_PROMPTS = 8
+"""Prompts of a picture grid where the config names none: captions of the first held-out clips."""
+
+
+class Validation(Callback):
+    """Loss on the held-out clips, in total and by noise bucket, of the weights and of their average."""
+
+    def before_training(self, run: Run) -> None:
+        """Read the held-out clips once; they are few and never change."""
+        self.batches: list[LatentBatch] = list(run.loader.validation_batches())
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Compute and write."""
+        with progress(run, "validation", 2 * len(self.batches)) as bar:
+            found = {"": validation_loss(run.engine, self.batches, on_batch=bar.update)}
+            if has_average(run.config):
+                with run.engine.averaged_weights():
+                    found["ema_"] = validation_loss(run.engine, self.batches, on_batch=bar.update)
+        fields: dict[str, object] = {}
+        for name, result in found.items():
+            fields[f"{name}loss"] = result.loss
+            fields[f"{name}by_noise"] = result.by_noise
+        run.event("validated", step=report.step, **fields)
+        if run.mesh.is_main:
+            print(f"step {report.step:>6}  validation loss {_line(found)}", flush=True)
+
+
+class PictureGrid(Callback):
+    """Samples of fixed prompts as a picture: one row a prompt, frames from left to right (EMA weights where kept)."""
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Sample and write samples/step_XXXXXXXX.png."""
+        prompts = [Prompt(text, run.kit.size) for text in self._prompts(run)]
+        settings = SamplerSettings(steps=run.config.log.sample_steps)
+        total = settings.steps * rounds(len(prompts), run.engine)
+        average = run.engine.averaged_weights() if has_average(run.config) else contextlib.nullcontext()
+        with progress(run, "sampling", total) as bar, average:
+            latents = sample_latents(run.engine, run.kit, prompts, settings, on_step=bar.update)
+        if run.mesh.is_main:
+            clips = decode(run.kit.video_tokenizer(), latents)
+            run.run_dir.pictures.mkdir(exist_ok=True)
+            file = run.run_dir.pictures / f"step_{report.step:08d}.png"
+            write_png(file, contact_sheet([(prompt.text, [clip]) for prompt, clip in zip(prompts, clips)]))
+            run.event("sampled", step=report.step, file=str(file.relative_to(run.run_dir.path)))
+
+    def _prompts(self, run: Run) -> tuple[str, ...]:
+        return run.config.log.sample_prompts or tuple(run.loader.validation_captions()[:MAX_PROMPTS])
+
+
+class LossPlot(Callback):
+    """loss.png, drawn anew at each checkpoint and at the end (rank 0)."""
+
+    def before_save(self, run: Run) -> None:
+        """Draw it, while that takes a moment only."""
+        if run.run_dir.metrics_file.stat().st_size < SMALL_METRICS_BYTES:
+            self._draw(run)
+
+    def after_training(self, run: Run) -> None:
+        """Draw it a last time."""
+        if run.run_dir.metrics_file.stat().st_size > 0:
+            self._draw(run)
+
+    def _draw(self, run: Run) -> None:
+        rows = read_rows(run.run_dir.metrics_file)
+        plot_run(rows, run.run_dir.events(), run.run_dir.loss_plot, title=run.run_dir.path.name)
+
+
+def progress(run: Run, what: str, total: int) -> "tqdm[Any]":
+    """A bar that goes away when done; only on rank 0 and where a person looks on."""
+    is_shown = run.mesh.is_main and sys.stderr.isatty()
+    return tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=not is_shown)
+
+
+def _line(found: dict[str, ValidationLoss]) -> str:
+    parts = [f"{result.loss:.5f}{' (EMA)' if name else ''}" for name, result in found.items()]
+    return ", ".join(parts)

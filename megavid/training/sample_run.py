@@ -1,0 +1,162 @@
+"""One rank of ``megavid sample``: weights from a checkpoint of any layout into this one, clips of prompts, files.
+
+Owns what is asked for, which config that gives, and the files that come out.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megavid.checkpoint import Checkpoint, resolve
+from megavid.checkpoint.format import RUN
+from megavid.config.load import load_run
+from megavid.config.schema import ParallelConfig, RunConfig
+from megavid.data.pictures import contact_sheet
+from megavid.data.tokenizer import Frames
+from megavid.data.video import write_gif, write_png, write_video
+from megavid.diffusion.samplers import SamplerKind
+from megavid.errors import ConfigError, StorageError
+from megavid.models.runner import build_engine
+from megavid.parallel.engine import Engine
+from megavid.parallel.launch import Device, RankEnv, init_distributed
+from megavid.parallel.mesh import Mesh
+from megavid.plan.layout import Layout
+from megavid.training.kit import ClipSize, SamplingKit
+from megavid.training.resume import config_of, has_average, load_weights
+from megavid.training.sampling import Prompt, SamplerSettings, decode, grid_of, rounds, sample_latents
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """What the command line asks for; 0 and "" stand for "as usual"."""
+
+    checkpoint: Path
+    prompts: tuple[str, ...]
+    out: Path
+    steps: int = 30
+    guidance: float = 4.0
+    seed: int = 0
+    sampler: SamplerKind = "unipc"
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    frame_rate: float = 0.0
+    weights: str = ""
+    tokenizer: str = ""
+    has_gif: bool = False
+    has_sheet: bool = False
+    ranks: int = 1
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """A request, made ready: the checkpoint, its kit, and the config in the layout asked for."""
+
+    request: SampleRequest
+    checkpoint: Checkpoint
+    config: RunConfig
+    kit: SamplingKit
+    size: ClipSize
+
+    @classmethod
+    def of(cls, request: SampleRequest, num_ranks: int) -> Self:
+        """Everything that can be checked before ranks start.
+
+        Raises:
+            MegavidError: of the kind that fits.
+        """
+        checkpoint = Checkpoint(resolve(request.checkpoint))
+        trained = config_of(checkpoint)
+        if request.weights == "ema" and not has_average(trained):
+            raise ConfigError(
+                f"--weights ema: {checkpoint.folder} has none (optimizer.ema_decay = 0); use --weights model"
+            )
+        kit = SamplingKit.load(checkpoint)
+        size = ClipSize(
+            frames=request.frames or kit.size.frames,
+            height=request.height or kit.size.height,
+            width=request.width or kit.size.width,
+            frame_rate=request.frame_rate or kit.size.frame_rate,
+        )
+        grid_of(kit, size, trained.model.patch_size)
+        kit.video_tokenizer(request.tokenizer)
+        try:
+            request.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"--out {request.out}: cannot make its folder: {error.strerror}") from error
+        return cls(request, checkpoint, sampling_config(checkpoint, request.overrides, num_ranks), kit, size)
+
+
+def sampling_config(checkpoint: Checkpoint, overrides: Sequence[str], num_ranks: int) -> RunConfig:
+    """The config of a checkpoint in another layout: ``overrides`` over the defaults of ``parallel``.
+
+    The batch and pack sizes are of no meaning here; they are set so that they fit any layout of this many ranks.
+    """
+    defaults = [
+        item
+        for field in dataclasses.fields(ParallelConfig)
+        for item in (f"--parallel.{field.name}", str(field.default).lower())
+    ]
+    config = load_run(str(checkpoint.folder / RUN), [*defaults, *overrides])
+    return replace(
+        config,
+        train=replace(config.train, micro_batch_size=1, global_batch_size=num_ranks),
+        data=replace(config.data, pack_tokens=num_ranks),
+    )
+
+
+def load_engine(checkpoint: Checkpoint, config: RunConfig, mesh: Mesh, weights: str = "") -> Engine[Any]:
+    """An engine without optimizer, with weights of a checkpoint: ``ema``, ``model``, or "" for ema if it has it.
+
+    Ranks: collective.
+    """
+    engine = build_engine(config, mesh, with_optimizer=False)
+    load_weights(engine, checkpoint, kind=weights or ("ema" if has_average(config) else "model"))
+    return engine
+
+
+def sample_rank(job: SampleJob, layout: Layout, device: Device, env: RankEnv) -> None:
+    """One rank of the job; rank 0 writes the files."""
+    request = job.request
+    with contextlib.ExitStack() as stack:
+        init_distributed(env, device)
+        stack.callback(dist.destroy_process_group)
+        mesh = stack.enter_context(Mesh.open(layout, device, request.seed))
+        engine = load_engine(job.checkpoint, job.config, mesh, request.weights)
+        settings = SamplerSettings(request.steps, request.guidance, request.seed, request.sampler)
+        prompts = [Prompt(text, job.size) for text in request.prompts]
+        total = settings.steps * rounds(len(prompts), engine)
+        with tqdm(total=total, desc="sampling", unit="step", disable=not mesh.is_main) as bar:
+            latents = sample_latents(engine, job.kit, prompts, settings, on_step=bar.update)
+        if mesh.is_main:
+            clips = decode(job.kit.video_tokenizer(request.tokenizer), latents)
+            write_clips(request, clips, job.size.frame_rate)
+        mesh.barrier()
+
+
+def write_clips(request: SampleRequest, clips: Sequence[Frames], frame_rate: float) -> None:
+    """Write every clip, and what else was asked for; say what was written."""
+    for file, clip in zip(files_of(request.out, len(clips)), clips, strict=True):
+        write_video(file, clip, frame_rate)
+        print(f"wrote {file}")
+        if request.has_gif:
+            write_gif(file.with_suffix(".gif"), clip, frame_rate)
+            print(f"wrote {file.with_suffix('.gif')}")
+    if request.has_sheet:
+        sheet = request.out.with_suffix(".png")
+        write_png(sheet, contact_sheet([(text, [clip]) for text, clip in zip(request.prompts, clips, strict=True)]))
+        print(f"wrote {sheet}")
+
+
+def files_of(out: Path, count: int) -> list[Path]:
+    """One file for each of ``count`` prompts: ``out`` itself, or numbered from 1."""
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}_{number}{out.suffix}") for number in range(1, count + 1)]

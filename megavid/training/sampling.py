@@ -1,0 +1,160 @@
+"""Clips from prompts, in any layout: packs, the sampler's loop over the model, and latents to pixels.
+
+Owns the split of prompts over data-parallel ranks. Solvers and guidance are ``megavid.diffusion``'s. A clip depends on
+its prompt, size, number and the seed, not on the layout nor on what else is sampled.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavid.data.text import TextEncoder
+from megavid.data.tokenizer import Frames, VideoTokenizer, latent_shape
+from megavid.diffusion.guidance import PromptPacks, pack_prompts
+from megavid.diffusion.samplers import SamplerKind, sample
+from megavid.diffusion.timesteps import shift_of_clip, sigma_schedule
+from megavid.models.inputs import ModelInput
+from megavid.models.runner import velocity_of
+from megavid.ops.patches import token_grid, unpatchify
+from megavid.parallel.engine import Engine
+from megavid.training.kit import ClipSize, SamplingKit
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One clip to sample."""
+
+    text: str
+    size: ClipSize
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerSettings:
+    """How to sample.
+
+    Attributes:
+        steps: solver steps.
+        guidance: factor on (conditional - unconditional); 1 for none.
+        seed: of the start noise.
+        kind: solver.
+    """
+
+    steps: int = 30
+    guidance: float = 4.0
+    seed: int = 0
+    kind: SamplerKind = "unipc"
+
+
+@torch.no_grad()
+def sample_latents(
+    engine: Engine[Any],
+    kit: SamplingKit,
+    prompts: Sequence[Prompt],
+    settings: SamplerSettings,
+    *,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """Latents of each prompt, [C, F, H, W] fp32 on the host, on every rank.
+
+    Args:
+        engine: the model with the weights to sample from.
+        kit: its text encoder and tokenizer.
+        prompts: what to sample; the same list on every rank.
+        settings: how.
+        on_step: called after each solver step of a round of dp prompts; there are ``rounds`` x steps of them.
+
+    Raises:
+        DataError: the tokenizer has no latents of such a size.
+        ValueError: the patch does not divide them.
+
+    Ranks: collective. In each round every data-parallel rank takes one prompt; a rank without one repeats the last,
+    since ranks that share experts run every forward pass together.
+    """
+    mesh, model = engine.mesh, engine.config.model
+    dp, mine = mesh.size("dp"), mesh.coordinate("dp")
+    grids = [grid_of(kit, prompt.size, model.patch_size) for prompt in prompts]
+    made: dict[int, Tensor] = {}
+    for first in range(0, len(prompts), dp):
+        members = range(first, min(first + dp, len(prompts)))
+        tokens = max(grid[0] * grid[1] * grid[2] for grid in (grids[number] for number in members))
+        number = min(first + mine, len(prompts) - 1)
+        packs = prompt_packs(engine, kit, prompts[number], number, grids[number], tokens, settings.guidance)
+        clean_TP = _solve(engine, packs, settings, on_step)
+        if first + mine < len(prompts):
+            made[number] = unpatchify(clean_TP.float().cpu(), grids[number], model.patch_size)
+    gathered = {n: latents for part in mesh.all_gather_object(made) for n, latents in part.items()}
+    return [gathered[number] for number in range(len(prompts))]
+
+
+def rounds(num_prompts: int, engine: Engine[Any]) -> int:
+    """Rounds that ``sample_latents`` takes for this many prompts."""
+    return -(-num_prompts // engine.mesh.size("dp"))
+
+
+def grid_of(kit: SamplingKit, size: ClipSize, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Tokens along time, height and width of a clip of this size.
+
+    Raises:
+        DataError: the tokenizer has no latents of such a size.
+        ValueError: the patch does not divide them.
+    """
+    _, frames, height, width = latent_shape(kit.tokenizer, size.frames, size.height, size.width)
+    return token_grid(frames, height, width, patch_size)
+
+
+def prompt_packs(
+    engine: Engine[Any],
+    kit: SamplingKit,
+    prompt: Prompt,
+    number: int,
+    grid: tuple[int, int, int],
+    tokens: int,
+    guidance: float,
+) -> PromptPacks:
+    """One prompt as packs of the fewest tokens that hold a clip of ``tokens`` (and its twin) and fit the layout."""
+    text_GLD = encode(kit.text_encoder, [prompt.text, ""]).to(engine.mesh.device)
+    layout = engine.mesh.layout
+    unit = layout.tp * layout.cp
+    pack_tokens = -(-tokens * (1 if guidance == 1 else 2) // unit) * unit
+    return pack_prompts(
+        text_GLD[:1],
+        text_GLD[1],
+        grids=[grid],
+        frame_rate=prompt.size.frame_rate / kit.tokenizer.temporal,
+        pack_tokens=pack_tokens,
+        guidance=guidance,
+        first_number=number,
+    )
+
+
+def encode(text_encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
+    """Features of captions, [G, L, width] fp32."""
+    return text_encoder.encode(captions).float()
+
+
+def _solve(engine: Engine[Any], packs: PromptPacks, settings: SamplerSettings, on_step: Callable[[], None]) -> Tensor:
+    """Tokens of the one prompt in ``packs``, [tokens, P]."""
+    config = engine.config
+    width = config.model.in_channels * config.model.patch_volume
+    clip = packs.packs[0].clips[0]
+
+    def velocity(inputs: ModelInput) -> Tensor:
+        return velocity_of(engine, inputs)
+
+    clean_BTP = sample(
+        velocity,
+        packs,
+        packs.start_noise(width, settings.seed),
+        sigma_schedule(settings.steps, shift=shift_of_clip(clip.tokens, config.diffusion)),
+        kind=settings.kind,
+        on_step=lambda done, total: on_step(),
+    )
+    return packs.clips_of(clean_BTP)[0]
+
+
+def decode(tokenizer: VideoTokenizer, latents: Sequence[Tensor]) -> list[Frames]:
+    """Pixels of latents, uint8 [frames, height, width, 3] each."""
+    return [tokenizer.decode(latents_CFHW) for latents_CFHW in latents]

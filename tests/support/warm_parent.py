@@ -1,0 +1,165 @@
+"""A process that has imported megavid and forks a ``megavid`` command when asked: milliseconds instead of seconds.
+
+Owns the little protocol between the tests and that process. Each command runs in a fork of its own, with its own
+output files, signals and limits, as if it had been started by a shell. Run as a script, this file is that process: a
+line of JSON in for each request, a line of JSON out for each start and each end.
+"""
+
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+MODULES = ("megavid.cli.main", "megavid.cli.train", "megavid.training.run", "megavid.training.sample_run")
+
+
+@dataclass
+class Command:
+    """A running or ended command."""
+
+    pid: int
+    folder: Path
+    parent: "WarmParent"
+    returncode: int | None = None
+
+    @property
+    def stdout(self) -> str:
+        """What it has written."""
+        return (self.folder / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has complained of."""
+        return (self.folder / "stderr").read_text()
+
+    def poll(self) -> int | None:
+        """Its exit status, minus the signal's number where it was killed, or None while it runs."""
+        self.parent.look(0.0)
+        return self.returncode
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        """Its exit status."""
+        deadline = time.monotonic() + timeout_s
+        while self.returncode is None:
+            assert time.monotonic() < deadline, f"still running after {timeout_s} s:\n{self.stdout}\n{self.stderr}"
+            self.parent.look(0.1)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Signal it."""
+        os.kill(self.pid, number)
+
+
+class WarmParent:
+    """Starts the process; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.commands = folder, list[Command]()
+        self._started: list[int] = []
+
+    def __enter__(self) -> Self:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def start(self, *argv: str, file_bytes: int = 0) -> Command:
+        """Start ``megavid ARGV``; ``file_bytes`` limits the size of its files (a full disk), 0 for no limit."""
+        folder = self.folder / str(len(self.commands))
+        folder.mkdir()
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"argv": argv, "folder": str(folder), "file_bytes": file_bytes}) + "\n")
+        self._process.stdin.flush()
+        while not self._started:
+            self.look(60.0)
+        command = Command(self._started.pop(), folder, self)
+        self.commands.append(command)
+        return command
+
+    def run(self, *argv: str, file_bytes: int = 0) -> Command:
+        """Start it and wait for its end."""
+        command = self.start(*argv, file_bytes=file_bytes)
+        command.wait()
+        return command
+
+    def look(self, timeout_s: float) -> None:
+        """Take in what the process says, waiting up to ``timeout_s`` for it."""
+        assert self._process.stdout is not None
+        while select.select([self._process.stdout], [], [], timeout_s)[0]:
+            line = self._process.stdout.readline()
+            assert line, f"the warm parent ended with status {self._process.wait()}"
+            said = json.loads(line)
+            if "started" in said:
+                self._started.append(said["started"])
+            for command in self.commands:
+                if command.pid == said.get("ended"):
+                    command.returncode = said["status"]
+            timeout_s = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        for command in self.commands:
+            if command.returncode is None:
+                os.kill(command.pid, signal.SIGKILL)
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+def serve() -> None:
+    """The process itself: ends when its input does."""
+    from megavid.cli.quiet import silence_known_warnings
+
+    silence_known_warnings()
+    for module in MODULES:
+        importlib.import_module(module)
+    running: set[int] = set()
+    while True:
+        if select.select([sys.stdin], [], [], 0.02)[0]:
+            line = sys.stdin.readline()
+            if not line:
+                return
+            running.add(pid := _fork(json.loads(line)))
+            print(json.dumps({"started": pid}), flush=True)
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.remove(pid)
+                print(json.dumps({"ended": pid, "status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+def _fork(request: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        folder = Path(request["folder"])
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        if request["file_bytes"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+        from megavid.cli.main import main
+
+        try:
+            status = main(request["argv"])
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+    raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    serve()

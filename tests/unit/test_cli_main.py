@@ -1,0 +1,156 @@
+"""The command: dispatch, one-line errors, exit statuses."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from megavid import __version__, errors
+from megavid.cli import doctor, main
+from megavid.cli.help import config_help
+from megavid.cli.versions import VERSIONS, Versions
+from megavid.config.load import leaf_keys, load_run
+
+
+def _command(monkeypatch: pytest.MonkeyPatch, run: Callable[[list[str]], int]) -> None:
+    monkeypatch.setattr(main.importlib, "import_module", lambda name: SimpleNamespace(main=run, HELP=name))
+
+
+def _raising(error: BaseException) -> Callable[[list[str]], int]:
+    def run(argv: list[str]) -> int:
+        raise error
+
+    return run
+
+
+def test_the_rest_of_the_line_goes_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def run(argv: list[str]) -> int:
+        seen.append(argv)
+        return 7
+
+    _command(monkeypatch, run)
+    assert main.main(["train", "tiny", "--out", "x"]) == 7
+    assert seen == [["tiny", "--out", "x"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (errors.ConfigError("parallel.tensor = 3\nis odd"), 2, "parallel.tensor = 3 is odd"),
+        (errors.DataError("shard"), 2, "shard"),
+        (errors.CheckpointError("manifest"), 2, "manifest"),
+        (errors.StorageError("disk"), 3, "disk"),
+        (errors.NumericalStop("nan"), 4, "nan"),
+        (errors.RankLost("rank 3"), 5, "rank 3"),
+        (errors.StopRequested("saved"), 75, "saved"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 3, "/x/y: No space left on device"),
+        (OSError(errno.EFBIG, "File too large"), 3, "storage: File too large"),
+        (OSError(errno.EIO, "Input/output error", "/x"), 3, "/x: Input/output error"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    _command(monkeypatch, _raising(error))
+    assert main.main(["train"]) == status
+    assert capsys.readouterr().err == f"megavid: error: {message}\n"
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    _command(monkeypatch, _raising(FileNotFoundError(errno.ENOENT, "No such file", "/x")))
+    with pytest.raises(FileNotFoundError):
+        main.main(["train"])
+
+
+def test_unknown_commands_are_answered_with_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["trian"]) == 2
+    assert capsys.readouterr().err == "megavid: error: unknown command 'trian'; did you mean 'train'?\n"
+    assert main.main(["qqq"]) == 2
+    assert "commands: train, sample, prepare, inspect, doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["-V"], ["version"]])
+def test_version(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(argv) == 0
+    assert capsys.readouterr().out == f"megavid {__version__}\n"
+
+
+def test_a_reader_who_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "megavid", "--version"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write)
+    assert "Traceback" not in done.stderr
+
+
+def test_help_of_the_schema_lists_every_key_with_a_value_and_the_presets_defaults() -> None:
+    text = config_help(load_run("tiny", []))
+    for key in leaf_keys():
+        assert f"--{key} " in text, key
+    assert "no-" not in text
+    assert "--log.tensorboard {True,False}" in text
+    assert "\u256d" not in text
+
+
+def test_doctor_reports_every_probe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    for name in (
+        "Python",
+        "torch",
+        "megatron-core",
+        "CUDA",
+        "gloo",
+        "Transformer Engine",
+        "apex",
+        "DeepSpeed",
+        "DeepEP",
+    ):
+        assert name in out
+
+
+def test_doctor_names_a_broken_package_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"transformer-engine": "2.20.2", "apex": "0.9.10"}
+    monkeypatch.setattr(doctor, "version_of", lambda package: installed.get(package, ""))
+    monkeypatch.setattr(doctor, "why_not", lambda module: f"RuntimeError: {module} needs CUDA")
+    findings = {finding.name: finding for finding in doctor.examine()}
+    assert findings["Transformer Engine"].state == "warn"
+    assert "pip uninstall transformer-engine" in findings["Transformer Engine"].effect
+    assert findings["apex"].state == "warn"
+    assert "PyPI's apex is another project" in findings["apex"].effect
+    assert findings["torch"].state == "missing"
+    assert findings["versions together"].state == "warn"
+
+
+def test_why_not_answers_instead_of_raising(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise RuntimeError("no CUDA\nhere")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    assert doctor.why_not("transformer_engine") == "RuntimeError: no CUDA here"
+
+
+@pytest.mark.parametrize(
+    ("torch", "accepted"), [("2.13.0", True), ("2.13.0+cpu", True), ("2.13.01", False), ("2.12.0", False), ("", False)]
+)
+def test_a_row_of_versions_takes_its_prefix_only(torch: str, accepted: bool) -> None:
+    row = Versions("pip", "3.11", "2.13.0", "0.16.1", "-", "-", "-", "not yet")
+    found = row.accepts(python="3.11.7", torch=torch, megatron_core="0.16.1", transformer_engine="", cuda="")
+    assert found is accepted
+
+
+def test_rows_that_are_tested_come_first() -> None:
+    tested = [row.tested.startswith("tested") for row in VERSIONS]
+    assert tested == sorted(tested, reverse=True)
