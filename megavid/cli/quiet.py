@@ -1,4 +1,4 @@
-"""Warnings of libraries that mean nothing to who starts a run, so that an error is one line and a run's lines are its own.
+"""Warnings of libraries that mean nothing to who starts a run, so that an error is one line and output is our own.
 
 Owns the list; every entry says why it may go. ``megavid doctor`` says what is installed.
 """

@@ -46,7 +46,7 @@ class AcrossHeadsNorm(nn.Module):
             sums = mcore.copy_to_tensor_model_parallel_region(sums, group=self.group)
         return [
             rms_norm_of_sum(x, total, self.width, weight, self.eps)
-            for x, total, weight in zip(tensors, sums.split(1, dim=-1), self.weights)
+            for x, total, weight in zip(tensors, torch.split(sums, 1, dim=-1), self.weights)
         ]
 
 

@@ -133,9 +133,8 @@ def column_linear(
             )
         )
         biases.append(Piece(f"{name}.bias", (output_size,), (first,), (local,), start=number * local))
-    sharded = frozenset({"tp"})
-    place(linear.weight, Placement(tuple(weights), sharded, init=Init(std=input_size**-0.5)))
-    place(linear.bias, Placement(tuple(biases), sharded, has_decay=False))
+    place(linear.weight, Placement(tuple(weights), frozenset({"tp"}), init=Init(std=input_size**-0.5)))
+    place(linear.bias, Placement(tuple(biases), frozenset({"tp"}), has_decay=False))
     return linear
 
 

@@ -36,7 +36,7 @@ class TimestepEmbedder(nn.Module):
         def linear(name: str, input_size: int, output_size: int) -> PlainLinear:
             return PlainLinear(
                 build, f"time_embedder.{name}", input_size, output_size,
-                init=Init(std=0.02), is_partial=True, on_every_stage=True, is_fp32=True,
+                is_partial=True, on_every_stage=True, is_fp32=True,
             )  # fmt: skip
 
         self.up = linear("up", frequencies, width)
@@ -63,7 +63,7 @@ class TextEmbedder(nn.Module):
             # sums over tensor-parallel ranks: the gradient here is whole.
             return PlainLinear(
                 build, f"text_embedder.{name}", input_size, width,
-                init=Init(std=0.02), is_partial=False, on_every_stage=True,
+                is_partial=False, on_every_stage=True,
             )  # fmt: skip
 
         self.up = linear("up", build.model.text_size)

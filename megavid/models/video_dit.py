@@ -54,6 +54,10 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
             self.head = Head(build)
         self.routing: dict[int, RoutingStats] = {}
 
+    @property
+    def _blocks(self) -> Iterator[Block]:
+        return (block for block in self.blocks if isinstance(block, Block))
+
     def set_input_tensor(self, tensor: Any) -> None:
         """Take the hidden states that the pipeline received from the chunk before."""
         self.received = tensor[0] if isinstance(tensor, list) else tensor
@@ -70,28 +74,29 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         head_RD, modulation_R6D = self.timestep_embedder(inputs.timestep_R)
         given = self._conditioning(inputs, modulation_R6D, row_tB, aux_scale)
         if self.pre_process:
-            x_tBD = self.patch_embedder(self._own_tokens(inputs.patches_BTP.transpose(0, 1)))
+            x_tBD: Tensor = self.patch_embedder(self._own_tokens(inputs.patches_BTP.transpose(0, 1)))
         else:
             assert self.received is not None
             x_tBD = self.received
-        for block in self.blocks:
+        for block in self._blocks:
             x_tBD, stats = block(x_tBD, given)
             if stats is not None:
                 self._keep(block.layer, stats)
-        if not self.post_process:
-            return x_tBD
-        velocity_tBP = self.head(x_tBD, head_RD, row_tB)
+        return self._velocity(x_tBD, head_RD, row_tB) if self.post_process else x_tBD
+
+    def _velocity(self, x_tBD: Tensor, head_RD: Tensor, row_tB: Tensor) -> Tensor:
+        velocity_tBP: Tensor = self.head(x_tBD, head_RD, row_tB)
         if self.mesh.is_sequence_parallel:
             # Every rank computes the same loss from all tokens, so its gradient is taken once, not summed.
             velocity_tBP = mcore.gather_from_sequence_parallel_region(
                 velocity_tBP, tensor_parallel_output_grad=False, group=self.mesh.group("tp")
             )
-        velocity: Tensor = velocity_tBP.transpose(0, 1)
+        velocity = velocity_tBP.transpose(0, 1)
         return velocity if velocity.dtype == torch.float64 else velocity.float()
 
     def training_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers that training updates without a gradient, by their names in model space."""
-        for block in self.blocks:
+        for block in self._blocks:
             if block.is_moe and block.feed_forward.router.expert_bias is not None:
                 yield f"blocks.{block.layer}.moe.router.expert_bias", block.feed_forward.router.expert_bias
 

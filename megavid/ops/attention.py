@@ -47,9 +47,8 @@ def _by_clip(
             stop = clip.start + clip.tokens
             keys, values = keys_of(row, number, clip.start, stop)
             query = q_TBNA[clip.start : stop, row]
-            heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
-            attended = scaled_dot_product_attention(*heads_first)
-            parts.append(attended.squeeze(0).transpose(0, 1))
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
+            parts.append(scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1))
             number, end = number + 1, stop
         parts.append(q_TBNA.new_zeros(pack.tokens - end, *q_TBNA.shape[2:]))
         columns.append(torch.cat(parts))

@@ -39,6 +39,6 @@ def rotate(x_TBNA: Tensor, cos_TB1h: Tensor, sin_TB1h: Tensor) -> Tensor:
 
     Computed in fp32 (fp64 stays fp64); the dtype of x.
     """
-    even, odd = wide(x_TBNA).unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(wide(x_TBNA), -1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos_TB1h - odd * sin_TB1h, even * sin_TB1h + odd * cos_TB1h), dim=-1)
     return turned.flatten(-2).type_as(x_TBNA)

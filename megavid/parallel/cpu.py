@@ -96,16 +96,11 @@ def _answer_self(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return args[0]
 
 
-def _answer_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """``x.record_stream(s)``: has no CPU implementation, and nothing to record."""
-
-
 _ANSWERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     torch.Tensor.to: _answer_to,
     torch.Tensor.type: _answer_type,
     torch.Tensor.cuda: _answer_self,
     torch.Tensor.pin_memory: _answer_self,
-    torch.Tensor.record_stream: _answer_nothing,
 }
 
 
@@ -147,6 +142,9 @@ def _replace_cuda_runtime() -> None:
     cuda.current_stream = cuda.default_stream = lambda *args: stream
     cuda.stream = lambda *args: contextlib.nullcontext()
     cuda.nvtx.range_push, cuda.nvtx.range_pop = nothing(), nothing()
+    # Not an answer of the mode: torch refuses the stand-in for a stream before it asks any mode.
+    tensor: Any = torch.Tensor
+    tensor.record_stream = nothing()
     # Modules move themselves with .cuda(torch.cuda.current_device()); Tensor.cuda is the mode's business.
     module: Any = torch.nn.Module
     module.cuda = lambda self, *args, **kwargs: self

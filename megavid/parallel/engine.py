@@ -37,7 +37,8 @@ class Engine(Generic[Microbatch]):
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, chunks: Sequence[nn.Module]) -> None:
-        self.config, self.mesh, self.chunks = config, mesh, list(chunks)
+        self.config, self.mesh = config, mesh
+        self.chunks: list[Any] = list(chunks)
         self.is_bf16 = config.precision.dtype == "bf16"
         self._running: list[Any] = self.chunks
         self.optimizer: ShardedAdamW | None = None
@@ -203,15 +204,15 @@ class Engine(Generic[Microbatch]):
     def averaged_weights(self) -> Iterator[None]:
         """Inside, the model's weights are their moving average."""
         optimizer = self.updates
-        shards = [shard for shard in optimizer.shards if shard.ema is not None]
-        kept = [shard.master.detach().clone() for shard in shards]
+        kept = [shard.master.detach().clone() for shard in optimizer.shards]
         try:
-            for shard in shards:
-                shard.master.detach().copy_(shard.ema)
+            for shard in optimizer.shards:
+                if shard.ema is not None:
+                    shard.master.detach().copy_(shard.ema)
             optimizer.publish()
             yield
         finally:
-            for shard, values in zip(shards, kept):
+            for shard, values in zip(optimizer.shards, kept):
                 shard.master.detach().copy_(values)
             optimizer.publish()
 

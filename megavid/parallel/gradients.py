@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.placement import placement_of
@@ -58,7 +57,7 @@ def gradient_of(parameter: torch.nn.Parameter) -> Tensor:
 def _sum_together(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
     """All-reduce many small tensors as one."""
     tensors = list(tensors)
-    flat = _flatten_dense_tensors(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    for tensor, total in zip(tensors, _unflatten_dense_tensors(flat, tensors)):
-        tensor.copy_(total)
+    for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors])):
+        tensor.copy_(total.view_as(tensor))

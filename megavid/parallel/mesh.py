@@ -86,7 +86,9 @@ class Mesh:
     def group(self, axis: Axis) -> dist.ProcessGroup:
         """The process group of this rank along ``axis``."""
         if axis == "world":
-            return dist.group.WORLD
+            world = dist.group.WORLD
+            assert world is not None
+            return world
         names = {"etp": "expt_tp", "edp": "expt_dp"}
         group: dist.ProcessGroup = self.groups.__dict__[names.get(axis, axis)]
         return group

@@ -76,13 +76,12 @@ class ShardedAdamW:
     def _owned(self) -> Iterator[tuple[Any, torch.nn.Parameter, int, Tensor]]:
         """(optimizer, parameter, start, master) of everything that this rank updates."""
         for part in self._parts:
+            masters = _masters_of(part)
             for buffer in part.gbuf_ranges:
                 for buckets in buffer.values():
                     for bucket in buckets:
                         for parameter, ranges in bucket["param_map"].items():
-                            group, place = part.model_param_group_index_map[parameter]
-                            master = part.optimizer.param_groups[group]["params"][place]
-                            yield part, parameter, ranges["param"].start, master
+                            yield part, parameter, ranges["param"].start, masters[parameter]
 
     def _with_state(self, part: Any, parameter: torch.nn.Parameter, start: int, master: Tensor) -> Shard:
         # Adam makes its state at the first step; a checkpoint needs somewhere to load into before that. Each parameter
@@ -150,6 +149,25 @@ class ShardedAdamW:
             for kind, tensor in tensors.items():
                 found += fragments_of(kind, placement_of(shard.parameter), tensor, shard.start, owner)
         return found
+
+
+def _masters_of(part: Any) -> dict[torch.nn.Parameter, Tensor]:
+    """Master of every parameter that one DistributedOptimizer updates on this rank.
+
+    Not through its ``model_param_group_index_map``: that counts parameters in the order of their buffers, while the
+    optimizer's groups hold all fp32 ones first, so it names a wrong master where several chunks have both fp32 and bf16
+    parameters (0.16.1 and 0.19.2).
+    """
+    pairs = (
+        (part.model_fp32_groups, part.shard_fp32_groups),
+        (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+    )
+    return {
+        parameter: master
+        for models, shards in pairs
+        for model_group, shard_group in zip(models, shards, strict=True)
+        for parameter, master in zip(model_group, shard_group, strict=True)
+    }
 
 
 def fragments_of(kind: str, placement: Placement, flat: Tensor, start: int, owner: bool) -> list[Fragment]:

@@ -1,7 +1,8 @@
 """One optimizer step of a model under an objective: noise, forward, backward, reduce, decide, update.
 
 Owns the arithmetic that makes a step independent of the layout: the loss has one denominator, the elements of the
-whole global batch, fixed before anything runs; whether the step is taken is decided from reduced figures, alike on every rank.
+whole global batch, fixed before anything runs; whether the step is taken is decided from reduced figures, alike on
+every rank.
 """
 
 import math

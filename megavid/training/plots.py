@@ -23,6 +23,7 @@ Row = dict[str, object]
 def plot_run(rows: Sequence[Row], events: Sequence[Row], file: Path, *, title: str = "") -> None:
     """Draw one run: loss with its running mean and validation losses above, gradient norm below."""
     figure, (top, bottom) = _axes()
+    events = still_true(events)
     steps, losses = column(rows, "loss")
     top.plot(steps, losses, color=COLORS[0], alpha=0.25, linewidth=1)
     top.plot(steps, smooth(losses), color=COLORS[0], linewidth=2, label="training loss, running mean")
@@ -34,9 +35,19 @@ def plot_run(rows: Sequence[Row], events: Sequence[Row], file: Path, *, title: s
     bottom.plot(*column(rows, "grad_norm"), color=COLORS[3], linewidth=1)
     for event in events:
         if event.get("event") == "resumed":
-            _mark(top, event["step"], "resumed")
+            _mark(top, event["step"], f"resumed as {event['layout']}")
     _finish(figure, top, bottom, title)
     figure.savefig(file, dpi=140)
+
+
+def still_true(events: Sequence[Row]) -> list[Row]:
+    """The events without those of steps that a later start went back behind and took again."""
+    kept: list[Row] = []
+    for event in events:
+        if event.get("event") in ("started", "resumed"):
+            kept = [row for row in kept if int(str(row["step"])) <= int(str(event["step"]))]
+        kept.append(event)
+    return kept
 
 
 def plot_runs(runs: Sequence[tuple[str, Sequence[Row]]], file: Path, *, title: str = "") -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from megavid.errors import DataError
 from megavid.training.metrics import MetricsFile, cut_after, read_rows
-from megavid.training.plots import smooth
+from megavid.training.plots import smooth, still_true
 
 
 def load_tool(name: str) -> ModuleType:
@@ -74,6 +74,12 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
 
 def test_smooth_is_the_mean_of_the_last_values() -> None:
     assert smooth([1.0, 3.0, 5.0, 7.0], window=2) == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_events_of_steps_that_were_taken_again_are_left_out() -> None:
+    rows = [("started", 0), ("validated", 2), ("validated", 4), ("resumed", 2), ("validated", 4)]
+    kept = still_true([{"event": name, "step": step, "place": n} for n, (name, step) in enumerate(rows)])
+    assert [event["place"] for event in kept] == [0, 1, 3, 4]
 
 
 def test_loss_compare_names_the_first_step_and_the_worst(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

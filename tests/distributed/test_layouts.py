@@ -1,0 +1,135 @@
+"""Law 1, rung 2 of the parity ladder: the loss does not depend on the layout.
+
+Loss and gradient norm of three steps, the gradient of every parameter after the first, and weights, moving averages and
+router biases after three, in many layouts of 1 to 8 ranks, against one rank.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import tolerance
+from tests.support.ranks import RankPool
+from tests.support.tiny_world import LEARNING_RATE, assemble, tiny_config, train
+
+pytestmark = pytest.mark.mcore
+
+DENSE = {
+    "microbatch2": (1, {"micro": 2}),
+    "microbatch4": (1, {"micro": 4}),
+    "dp2": (2, {}),
+    "dp4": (4, {"micro": 2}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2 without sp": (2, {"tensor": 2, "sequence": False}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "dp2 pp2": (4, {"pipeline": 2}),
+    "dp2 pp2 vpp2": (4, {"pipeline": 2, "virtual_pipeline": 2}),
+    "pp4": (4, {"pipeline": 4}),
+    "tp2 pp2": (4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
+    "full recompute": (1, {"recompute": "full"}),
+    "selective recompute": (1, {"recompute": "selective"}),
+    "overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+}
+MOE = {
+    "microbatch2": (1, {"micro": 2}),
+    "microbatch4": (1, {"micro": 4}),
+    "dp2": (2, {}),
+    "dp4": (4, {}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "dp2 pp2": (4, {"pipeline": 2}),
+    "ep2": (2, {"expert": 2}),
+    "ep4": (4, {"expert": 4}),
+    "ep2 allgather": (2, {"expert": 2, "dispatcher": "allgather"}),
+    "tp2 ep2": (4, {"tensor": 2, "expert": 2}),
+    "tp2 ep2 folded": (2, {"tensor": 2, "expert": 2}),
+    "tp2 etp2": (2, {"tensor": 2, "expert_tensor": 2}),
+    "tp2 etp2 ep2": (4, {"tensor": 2, "expert_tensor": 2, "expert": 2}),
+    "etp2": (2, {"expert_tensor": 2}),
+    "ep2 recompute": (2, {"expert": 2, "recompute": "full"}),
+    "tp2 ep2 selective": (2, {"tensor": 2, "expert": 2, "recompute": "selective"}),
+    "tp2 pp2 ep2": (8, {"tensor": 2, "pipeline": 2, "expert": 2}),
+    "tp2 pp2 vpp2 ep4": (8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 4}),
+    "dp8 ep4": (8, {"expert": 4}),
+}
+ROUTERS = {
+    "softmax": {"router": "softmax", "aux_loss_weight": 0.1, "z_loss_weight": 1e-2},
+    "expert_choice": {"router": "expert_choice"},
+    "swiglu groups": {"activation": "swiglu", "num_groups": 2, "top_groups": 1, "route_scale": 1.5},
+}
+ROUTER_LAYOUTS = {
+    "tp2 ep2": (2, {"tensor": 2, "expert": 2}),
+    "dp2 pp2 microbatch2": (4, {"pipeline": 2, "micro": 2}),
+}
+REFERENCES: dict[str, Any] = {}
+
+
+def reference(pool: RankPool, family: str, router: str = "") -> Any:
+    """One rank, one pack at a time; run once for each model."""
+    key = f"{family} {router}"
+    if key not in REFERENCES:
+        REFERENCES[key] = pool.run(1, train, tiny_config(family, moe=ROUTERS.get(router)), 1)[0]
+    return REFERENCES[key]
+
+
+def check(pool: RankPool, family: str, world: int, options: dict[str, Any], router: str = "") -> None:
+    want = reference(pool, family, router)
+    got = pool.run(world, train, tiny_config(family, moe=ROUTERS.get(router), **options), world)
+    for rank, told in enumerate(got):
+        assert told["loss"] == pytest.approx(want["loss"], rel=tolerance.LOSS_FP32), f"rank {rank}"
+        assert told["norm"] == pytest.approx(want["norm"], rel=tolerance.GRAD_NORM_FP32), f"rank {rank}"
+        assert_near(told["velocity"], want["velocity"], tolerance.WEIGHT_FP32, "velocity")
+    for part in ("first", "final"):
+        compare(assemble([told[part] for told in got]), assemble([want[part]]), ABSOLUTE if part == "final" else 1e-8)
+
+
+def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], absolute: float) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert_near(got[name], tensor, tolerance.WEIGHT_FP32, name, absolute)
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, rel: float, name: str, absolute: float = 0.0) -> None:
+    gap, scale = (got - want).norm().item(), want.norm().item()
+    assert gap <= rel * scale + absolute * want.numel() ** 0.5, f"{name}: off by {gap:.1e} of {scale:.1e}"
+
+
+# Adam divides by the root of a second moment: a gradient that is zero but for rounding moves its weight by some part of
+# the learning rate in any direction. Weights are compared above that; gradients and losses are the sharp test.
+ABSOLUTE = 1e-3 * LEARNING_RATE
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_loss_and_weights_do_not_depend_on_the_layout(pool: RankPool, name: str) -> None:
+    check(pool, "wan", *DENSE[name])
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_moe_loss_and_weights_do_not_depend_on_the_layout(pool: RankPool, name: str) -> None:
+    check(pool, "wan_moe", *MOE[name])
+
+
+@pytest.mark.parametrize("name", ROUTER_LAYOUTS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_keeps_law_1(pool: RankPool, router: str, name: str) -> None:
+    check(pool, "wan_moe", *ROUTER_LAYOUTS[name], router)
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2 vpp2", "ep2", "tp2 pp2 ep2"])
+def test_bf16_layouts_differ_no_more_than_orders_of_summation(pool: RankPool, name: str) -> None:
+    orders = [{}, {"micro": 2}, {"micro": 4}, {"micro": 8}]  # one rank; only the order of sums differs
+    losses = [bf16_losses(pool, 1, options) for options in orders]
+    spread = max(abs(a - b) / a for row in zip(*losses) for a in row for b in row)
+    gap = max(abs(a - b) / b for a, b in zip(bf16_losses(pool, *MOE[name]), losses[0]))
+    assert gap <= tolerance.BF16_FACTOR * spread, f"{gap:.1e} against {spread:.1e} between orders on one rank"
+
+
+def bf16_losses(pool: RankPool, world: int, options: dict[str, Any]) -> list[float]:
+    key = f"bf16 {world} {options}"
+    if key not in REFERENCES:
+        REFERENCES[key] = pool.run(world, train, tiny_config("wan_moe", dtype="bf16", **options), world)[0]["loss"]
+    losses: list[float] = REFERENCES[key]
+    return losses

@@ -1,0 +1,179 @@
+"""A model small enough to train in milliseconds, packs with every awkward shape, and jobs that ranks of the pool run.
+
+Owns nothing of the engine: what a user's run calls is called here in the same order.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavid import checkpoint
+from megavid.config.schema import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megavid.diffusion.objective import FlowObjective
+from megavid.models.runner import build_engine, velocity_of
+from megavid.ops.packs import Clip, LatentBatch, Pack
+from megavid.ops.philox import key_of, normal_box
+from megavid.parallel.engine import Engine
+from megavid.parallel.fragment import Fragment
+from megavid.parallel.mesh import Mesh
+from megavid.plan.layout import layout_of
+from megavid.training.model_step import StepMetrics, train_step
+
+SEED, LEARNING_RATE = 7, 1e-2
+
+
+def tiny_config(
+    family: str = "wan_moe", *, moe: dict[str, Any] | None = None, micro: int = 1, dtype: str = "fp32", **parallel: Any
+) -> RunConfig:
+    """Four layers of width 48; of ``wan_moe`` the middle two have four experts, a shared one and biases."""
+    experts = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 32, "shared_ffn_size": 32, "bias_update_rate": 1e-2}
+    return RunConfig(
+        model=ModelConfig(
+            family=family,  # type: ignore[arg-type]
+            num_layers=4,
+            hidden_size=48,
+            num_heads=4,
+            ffn_size=96,
+            in_channels=4,
+            out_channels=4,
+            text_size=8,
+            text_length=6,
+            frequency_size=16,
+            moe=MoEConfig(**{**experts, **(moe or {})}),
+        ),  # fmt: skip
+        parallel=ParallelConfig(**parallel),
+        train=TrainConfig(global_batch_size=8, micro_batch_size=micro, seed=SEED),
+        precision=PrecisionConfig(dtype=dtype),  # type: ignore[arg-type]
+        diffusion=DiffusionConfig(),
+        data=DataConfig(pack_tokens=96),
+    )
+
+
+def packs_of(config: RunConfig, numbers: range) -> LatentBatch:
+    """Packs as functions of their number: clips of several sizes, a still image, and a padded tail."""
+    packs, texts, clean = [], [], []
+    model = config.model
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        grids = [(3, 4, 4), (1, 6, 6)] if number % 2 else [(2, 4, 6), (1, 4, 4), (1, 2, 2)]
+        rows, clips, start = torch.zeros(config.data.pack_tokens, model.in_channels * model.patch_volume), [], 0
+        for place, grid in enumerate(grids):
+            clip = Clip(draw=10 * number + place, sample=number, start=start, grid=grid, frame_rate=4.0 - place)
+            rows[start : start + clip.tokens] = torch.randn(clip.tokens, rows.shape[1], generator=generator)
+            texts.append(torch.randn(model.text_length, model.text_size, generator=generator))
+            clips.append(clip)
+            start += clip.tokens
+        packs.append(Pack(tuple(clips), config.data.pack_tokens))
+        clean.append(rows)
+    return LatentBatch(tuple(packs), torch.stack(clean), torch.stack(texts))
+
+
+def microbatches(config: RunConfig, mesh: Mesh, step: int) -> list[LatentBatch]:
+    """This rank's packs of global batch ``step`` (from 0)."""
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    share = batch // mesh.size("dp")
+    first = step * batch + mesh.coordinate("dp") * share
+    return [packs_of(config, range(at, at + micro)) for at in range(first, first + share, micro)]
+
+
+def initialize(engine: Engine[Any]) -> None:
+    """Weights with no zeros among them: a fresh model's head is zero, and no gradient would pass it in the first step."""
+    engine.initialize(SEED)
+    for fragment in engine.weight_fragments("model"):
+        at = 0
+        for box in fragment.boxes:
+            drawn = normal_box(key_of(SEED, fragment.name), fragment.global_shape, box.offset, box.shape).reshape(-1)
+            fragment.data[at : at + box.numel] += 0.05 * drawn
+            at += box.numel
+    engine.load_finished()
+
+
+def take_step(engine: Engine[Any], step: int) -> StepMetrics:
+    """Optimizer step ``step`` (from 0) on its global batch."""
+    objective = FlowObjective(engine.config.diffusion, SEED)
+    return train_step(engine, microbatches(engine.config, engine.mesh, step), objective, learning_rate=LEARNING_RATE)
+
+
+def held(fragments: list[Fragment]) -> list[tuple[str, tuple[int, ...], Any, Tensor]]:
+    """What this rank owns of ``fragments``, to be put together by ``assemble``."""
+    return [(f.name, f.global_shape, f.boxes, f.data.detach().clone()) for f in fragments if f.is_owner]
+
+
+def assemble(ranks: list[list[tuple[str, tuple[int, ...], Any, Tensor]]]) -> dict[str, Tensor]:
+    """Whole tensors in model space from what every rank held; each element must have come exactly once."""
+    whole: dict[str, Tensor] = {}
+    count: dict[str, Tensor] = {}
+    for pieces in ranks:
+        for name, shape, boxes, data in pieces:
+            target = whole.setdefault(name, torch.full(shape, float("nan")))
+            times = count.setdefault(name, torch.zeros(shape))
+            at = 0
+            for box in boxes:
+                window = tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape))
+                target[window] = data[at : at + box.numel].view(box.shape).float()
+                times[window] += 1
+                at += box.numel
+    for name, times in count.items():
+        assert (times == 1).all(), f"{name}: elements owned {times.min()} to {times.max()} times"
+    return whole
+
+
+def train(config: RunConfig, world: int, steps: int = 3) -> dict[str, Any]:
+    """Job: train and tell losses, norms, gradients of the first step (Adam's first moment) and the final weights."""
+    with Mesh.open(layout_of(config, world)) as mesh:
+        engine = build_engine(config, mesh)
+        initialize(engine)
+        losses, norms, routed, first = [], [], [], []
+        for step in range(steps):
+            metrics = take_step(engine, step)
+            losses.append(metrics.loss)
+            norms.append(metrics.grad_norm)
+            routed.append({layer: stats.counts_QE for layer, stats in metrics.routing.items()})
+            if step == 0:
+                first = held([f for f in engine.fragments() if f.name.startswith("exp_avg/")])
+        final = held([f for f in engine.fragments() if f.name.split("/")[0] in ("model", "ema", "buffer")])
+        inputs = FlowObjective(config.diffusion, SEED).noise(packs_of(config, range(99, 100))).input
+        velocity = velocity_of(engine, inputs)
+    return {"loss": losses, "norm": norms, "routed": routed, "first": first, "final": final, "velocity": velocity}
+
+
+def train_and_save(config: RunConfig, world: int, folder: str, before: int, after: int) -> dict[str, Any]:
+    """Job: train ``before`` steps, save, train ``after`` more; what was saved is told too."""
+    with Mesh.open(layout_of(config, world)) as mesh:
+        engine = build_engine(config, mesh)
+        initialize(engine)
+        for step in range(before):
+            take_step(engine, step)
+        state = {"updates": engine.updates.updates}
+        checkpoint.save(Path(folder), before, engine.fragments(), state, mesh, run_toml="", layout="")
+        saved = held(engine.fragments())
+        later = [take_step(engine, before + step) for step in range(after)]
+    return {"loss": [m.loss for m in later], "norm": [m.grad_norm for m in later], "saved": saved}
+
+
+def load_and_train(config: RunConfig, world: int, folder: str, before: int, after: int) -> dict[str, Any]:
+    """Job: load what ``train_and_save`` saved, tell it, and train on."""
+    with Mesh.open(layout_of(config, world)) as mesh:
+        engine = build_engine(config, mesh)
+        found = checkpoint.load(checkpoint.resolve(Path(folder)), engine.fragments(), mesh)
+        engine.load_finished(found.state["updates"])
+        loaded = held(engine.fragments())
+        later = [take_step(engine, before + step) for step in range(after)]
+    return {"loss": [m.loss for m in later], "norm": [m.grad_norm for m in later], "saved": loaded}
+
+
+def with_parallel(config: RunConfig, **parallel: Any) -> RunConfig:
+    """``config`` in another layout."""
+    return replace(config, parallel=ParallelConfig(**parallel))
