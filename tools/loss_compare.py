@@ -53,6 +53,34 @@ def compare(a: Sequence[Row], b: Sequence[Row], name: str) -> Difference:
     return Difference(name, next((step for step, gap in gaps if gap > 0), 0), worst, worst_step if worst else 0)
 
 
+def _layers(row: Row) -> dict[str, dict[str, list[list[float]]]]:
+    layers = row["layers"]
+    assert isinstance(layers, dict)
+    return layers
+
+
+def describe_routing(a: Sequence[Row], b: Sequence[Row], steps: set[object]) -> str:
+    """One line on how many (token, expert) pairs two runs routed differently.
+
+    From counts by layer, noise bucket and expert, so it is what must have differed at least: two tokens that swapped
+    experts within one bucket do not show.
+    """
+    other = {row["step"]: row for row in b}
+    moved, total, first = 0.0, 0.0, 0
+    for row in a:
+        if row["step"] not in steps or row["step"] not in other:
+            continue
+        here, there = (_layers(r) for r in (row, other[row["step"]]))
+        before = moved
+        for layer, stats in here.items():
+            for mine, theirs in zip(stats["counts"], there[layer]["counts"]):
+                moved += sum(abs(x - y) for x, y in zip(mine, theirs)) / 2
+                total += sum(mine)
+        first = first or (int(str(row["step"])) if moved > before else 0)
+    since = f", the first at step {first}" if first else ""
+    return f"routing: at least {moved:.0f} of {total:.0f} (token, expert) pairs differ{since}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{name}: first differs at step {gap.first_step}; worst relative difference {gap.worst:.3g} at step "
             f"{gap.worst_step}, {verdict} {tolerance:g}"
         )
+    routed = [path / "router.jsonl" for path in (args.a, args.b)]
+    if all(path.is_file() for path in routed):
+        print(describe_routing(*(read_rows(path) for path in routed), common))
     if args.plot:
         plot_runs([(str(args.a), a), (str(args.b), b)], args.plot, title="loss and gradient norm")
         print(f"wrote {args.plot}")

@@ -6,6 +6,7 @@ whole record from its own microbatch, never from its neighbour.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megavid.ops.packs import Pack
@@ -29,3 +30,13 @@ class ModelInput:
     timestep_R: Tensor
     row_BT: Tensor
     text_GLD: Tensor
+
+    def to(self, device: torch.device) -> "ModelInput":
+        """The same record with its tensors on ``device``."""
+        return ModelInput(
+            packs=self.packs,
+            patches_BTP=self.patches_BTP.to(device),
+            timestep_R=self.timestep_R.to(device),
+            row_BT=self.row_BT.to(device),
+            text_GLD=self.text_GLD.to(device),
+        )

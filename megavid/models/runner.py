@@ -28,7 +28,7 @@ def build_engine(config: RunConfig, mesh: Mesh, *, with_optimizer: bool = True) 
 
 
 def velocity_of(engine: "Engine[Any]", inputs: ModelInput) -> Tensor:
-    """The model's velocity for ``inputs``, [B, T, P] fp32, on every rank; no gradient.
+    """The model's velocity for ``inputs``, [B, T, P] fp32, on every rank and on the patches' device; no gradient.
 
     Ranks: every rank of one model replica calls it with the same inputs; data-parallel replicas may differ.
     """
@@ -43,16 +43,17 @@ def velocity_of(engine: "Engine[Any]", inputs: ModelInput) -> Tensor:
     def keep(batch: ModelInput, velocity_BTP: Tensor) -> tuple[Tensor, Tensor]:
         return velocity_BTP.new_zeros(()), velocity_BTP
 
+    home, inputs = inputs.patches_BTP.device, inputs.to(mesh.device)
     shape = (inputs.packs[0].tokens, len(inputs.packs))
     kept = engine.forward(forward, keep, [inputs] * rounds, pack_shape=shape)
     for chunk in engine.chunks:
         chunk.take_routing()
     if mesh.size("pp") == 1:
         first: Tensor = kept[0]
-        return first
+        return first.to(home)
     model = engine.config.model
     width = model.out_channels * model.patch_volume
     velocity = kept[0] if kept else torch.empty(shape[1], shape[0], width, device=mesh.device)
     velocity = velocity.contiguous()
     mesh.broadcast(velocity, "pp", mesh.size("pp") - 1)
-    return velocity
+    return velocity.to(home)

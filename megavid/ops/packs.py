@@ -4,7 +4,7 @@ Owns what a microbatch is (host data) and the index tensors that attention, modu
 from it. Knows no rank. The padded tail of a pack belongs to no clip (-1) and takes part in nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,14 @@ class LatentBatch:
     def clips(self) -> tuple[Clip, ...]:
         """All G clips, pack after pack."""
         return tuple(clip for pack in self.packs for clip in pack.clips)
+
+    def to(self, device: torch.device) -> "LatentBatch":
+        """The same microbatch with its tensors on ``device``; a copy from pinned memory does not wait for the host."""
+        return replace(
+            self,
+            clean_BTP=self.clean_BTP.to(device, non_blocking=True),
+            text_GLD=self.text_GLD.to(device, non_blocking=True),
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -14,7 +14,6 @@ from megavid.ops.packs import LatentBatch
 from megavid.parallel.engine import Engine
 from megavid.parallel.placement import placement_of
 from megavid.training.model_step import Objective
-from megavid.training.step import to_device
 
 Place = tuple[int, str]
 """Order in the model, and what is to be said of it."""
@@ -34,7 +33,7 @@ def first_bad_part(engine: Engine[Any], objective: Objective, microbatches: Sequ
             handles.append(part.register_forward_hook(_watch(found, order, name)))
     try:
         for batch in microbatches:
-            velocity_of(engine, objective.noise(to_device(batch, engine.mesh.device)).input)
+            velocity_of(engine, objective.noise(batch.to(engine.mesh.device)).input)
     finally:
         for handle in handles:
             handle.remove()

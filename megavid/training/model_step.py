@@ -75,7 +75,7 @@ def train_step(
         part = objective.loss(velocity_BTP, noised).sum_G.sum() / elements
         return part, part.detach().clone()  # the schedule divides the first in place
 
-    parts = engine.forward_backward(forward, loss_of, [objective.noise(batch) for batch in microbatches])
+    parts = engine.forward_backward(forward, loss_of, [objective.noise(batch.to(device)) for batch in microbatches])
     loss = _global_loss(engine, parts)
     norm = engine.updates.gradient_norm()
     finite = math.isfinite(loss) and math.isfinite(norm)

@@ -6,7 +6,7 @@ Owns the record of a step and of its clips, and the counters. The arithmetic of 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,10 +115,9 @@ class TrainStep:
         """
         step = state.step + 1
         rate = learning_rate(self.config.optimizer, step)
-        batches = [to_device(batch, self.mesh.device) for batch in microbatches]
-        metrics = train_step(self.engine, batches, self.objective, learning_rate=rate)
+        metrics = train_step(self.engine, microbatches, self.objective, learning_rate=rate)
         counts = torch.tensor(
-            [sum(b.num_tokens for b in batches), sum(len(b.clips) for b in batches)],
+            [sum(b.num_tokens for b in microbatches), sum(len(b.clips) for b in microbatches)],
             dtype=torch.int64,
             device=self.mesh.device,
         )
@@ -144,12 +143,3 @@ class TrainStep:
             routing=join_stages(self.config.model, self.mesh, metrics.routing),
             clip_losses=self.objective.take(),
         )
-
-
-def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
-    """The batch with its tensors on ``device``; the segment tables stay on the host."""
-    return replace(
-        batch,
-        clean_BTP=batch.clean_BTP.to(device, non_blocking=True),
-        text_GLD=batch.text_GLD.to(device, non_blocking=True),
-    )

@@ -15,7 +15,6 @@ from megavid.models.moe.tokens import NOISE_BUCKETS, noise_bucket
 from megavid.models.runner import velocity_of
 from megavid.ops.packs import LatentBatch
 from megavid.parallel.engine import Engine
-from megavid.training.step import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ def validation_loss(
     sums = torch.zeros(2, NOISE_BUCKETS, dtype=torch.float64)
     for first in range(0, len(batches), dp):
         number = first + mine
-        batch = to_device(batches[min(number, len(batches) - 1)], mesh.device)
+        batch = batches[min(number, len(batches) - 1)].to(mesh.device)
         noised = objective.noise(batch)
         losses = objective.loss(velocity_of(engine, noised.input), noised)
         if number < len(batches):

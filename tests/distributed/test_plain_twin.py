@@ -1,7 +1,7 @@
-"""Rungs 1 and 3 of the parity ladder: tensor-parallel layers against a plain twin in fp64, and stages that stand alone.
+"""Rungs 1 and 3 of the parity ladder: layers on several ranks against a plain twin in fp64, and stages alone.
 
-Output, gradient of the input and gradient of every weight of the dense model, against the same model written out for one
-device; and every pipeline chunk, built and run without its neighbours.
+Output, gradient of the input and gradient of every weight of the dense model, against the same model written out for
+one device; and every pipeline chunk, built and run without its neighbours.
 """
 
 from dataclasses import replace

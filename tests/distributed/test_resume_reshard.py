@@ -1,4 +1,4 @@
-"""Law 2, rungs 6 and 7 of the parity ladder: a resumed run is the same run, in the same layout bitwise, in another by law 1.
+"""Law 2, rungs 6 and 7 of the parity ladder: a resumed run is the same run, bitwise in the same layout.
 
 Three steps, save, three more; then load the three in some layout and take the other three. More than one step after the
 load: one would hide an optimizer whose parameters share their count of steps.

@@ -41,7 +41,7 @@ def tiny_config(
     experts = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 32, "shared_ffn_size": 32, "bias_update_rate": 1e-2}
     return RunConfig(
         model=ModelConfig(
-            family=family,  # type: ignore[arg-type]
+            family=family,
             num_layers=4,
             hidden_size=48,
             num_heads=4,
@@ -52,10 +52,10 @@ def tiny_config(
             text_length=6,
             frequency_size=16,
             moe=MoEConfig(**{**experts, **(moe or {})}),
-        ),  # fmt: skip
+        ),
         parallel=ParallelConfig(**parallel),
         train=TrainConfig(global_batch_size=8, micro_batch_size=micro, seed=SEED),
-        precision=PrecisionConfig(dtype=dtype),  # type: ignore[arg-type]
+        precision=PrecisionConfig(dtype=dtype),
         diffusion=DiffusionConfig(),
         data=DataConfig(pack_tokens=96),
     )
@@ -89,7 +89,7 @@ def microbatches(config: RunConfig, mesh: Mesh, step: int) -> list[LatentBatch]:
 
 
 def initialize(engine: Engine[Any]) -> None:
-    """Weights with no zeros among them: a fresh model's head is zero, and no gradient would pass it in the first step."""
+    """Weights with no zeros among them: a fresh model's head is zero and lets no gradient pass in the first step."""
     engine.initialize(SEED)
     for fragment in engine.weight_fragments("model"):
         at = 0
