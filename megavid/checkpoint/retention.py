@@ -51,7 +51,7 @@ def latest(checkpoints: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """The folder of the checkpoint that a user means by a run, a folder of checkpoints, or one checkpoint.
+    """The folder of the checkpoint that a user means by a run, its checkpoints, their ``latest``, or a checkpoint.
 
     Raises:
         CheckpointError: there is none.
@@ -60,7 +60,8 @@ def resolve(path: Path) -> Path:
         raise CheckpointError(f"{path} is a save that was not finished; give another checkpoint")
     if (path / MANIFEST).is_file() or step_of(path.name) is not None:
         return path
-    for checkpoints in (path / "checkpoints", path):
+    is_pointer = path.name == LATEST and path.is_file()
+    for checkpoints in (path.parent,) if is_pointer else (path / "checkpoints", path):
         found = latest(checkpoints)
         if found is not None:
             return found

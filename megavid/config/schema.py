@@ -135,6 +135,10 @@ class ModelConfig:
     """Epsilon of every norm."""
     latent_frame_rate: float = 4.0
     """Latent frames per second at which one frame is one step of the time axis of RoPE (Wan: 16 fps / 4)."""
+    absolute_positions: bool = False
+    """Add a fixed code of each token's time, row and column to its patch. RoPE tells distances alone, so at high noise,
+    where all tokens look alike, nothing says where the edges are. Off in Wan.
+    """
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Experts."""
 

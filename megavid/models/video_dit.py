@@ -20,7 +20,7 @@ from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo, noise_bucket
 from megavid.models.transformer import transformer_config
 from megavid.ops.packs import clip_index, positions
-from megavid.ops.rope import rope_angles
+from megavid.ops.rope import place_code, rope_angles
 from megavid.parallel import mcore
 from megavid.parallel.mesh import Mesh
 from megavid.plan.layout import layers_of_chunk
@@ -74,7 +74,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         head_RD, modulation_R6D = self.timestep_embedder(inputs.timestep_R)
         given = self._conditioning(inputs, modulation_R6D, row_tB, aux_scale)
         if self.pre_process:
-            x_tBD: Tensor = self.patch_embedder(self._own_tokens(inputs.patches_BTP.transpose(0, 1)))
+            x_tBD = self._embed_patches(inputs)
         else:
             assert self.received is not None
             x_tBD = self.received
@@ -83,6 +83,13 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
             if stats is not None:
                 self._keep(block.layer, stats)
         return self._velocity(x_tBD, head_RD, row_tB) if self.post_process else x_tBD
+
+    def _embed_patches(self, inputs: ModelInput) -> Tensor:
+        x_tBD: Tensor = self.patch_embedder(self._own_tokens(inputs.patches_BTP.transpose(0, 1)))
+        if not self.model.absolute_positions:
+            return x_tBD
+        place_TB3 = positions(inputs.packs, self.model.latent_frame_rate).to(x_tBD.device).transpose(0, 1)
+        return x_tBD + self._own_tokens(place_code(place_TB3, self.model.hidden_size)).to(x_tBD.dtype)
 
     def _velocity(self, x_tBD: Tensor, head_RD: Tensor, row_tB: Tensor) -> Tensor:
         velocity_tBP: Tensor = self.head(x_tBD, head_RD, row_tB)

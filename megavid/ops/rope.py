@@ -34,6 +34,17 @@ def rope_angles(place_TB3: Tensor, head_size: int, theta: float = 10000.0) -> Te
     return torch.cat(angles, dim=-1)
 
 
+def place_code(place_TB3: Tensor, width: int) -> Tensor:
+    """Cosines and sines of every token's time, row and column, side by side: [T, B, width] fp64.
+
+    The numbers and wavelengths are those of ``rope_angles`` for one head of this width (even).
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), on three axes.
+    """
+    angles = rope_angles(place_TB3, width)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(-2)
+
+
 def rotate(x_TBNA: Tensor, cos_TB1h: Tensor, sin_TB1h: Tensor) -> Tensor:
     """Rotate neighbouring pairs of the last dim by angles whose cosines and sines are [T, B, 1, A / 2].
 

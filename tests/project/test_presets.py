@@ -15,7 +15,7 @@ PRESETS = sorted((ROOT / "megavid/config/presets").glob("*.toml"))
 EXAMPLES = sorted((ROOT / "examples").iterdir())
 WORLDS = {
     "tiny": (1, 2, 4, 8),
-    "demo": (1, 2, 4, 8),
+    "demo": (1, 2, 4),
     "wan_1b": (8, 64),
     "wan_14b": (8, 64, 512),
     "wan_moe_7b_a2b": (8, 64),

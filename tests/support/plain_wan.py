@@ -54,6 +54,12 @@ def turned(x_TNA: Tensor, clip: Clip, frame_rate: float) -> Tensor:
     return out
 
 
+def place_code(clip: Clip, width: int, frame_rate: float) -> Tensor:
+    """The code of each token's place: ones turned by it, real and imaginary parts side by side."""
+    unit = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(width // 2)
+    return turned(unit.expand(clip.tokens, 1, width).contiguous(), clip, frame_rate)[:, 0]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = [torch.softmax(q[:, n] @ k[:, n].T / math.sqrt(q.shape[-1]), -1) @ v[:, n] for n in range(q.shape[1])]
     return torch.cat(heads, dim=-1)
@@ -72,6 +78,8 @@ def velocity_of_clip(
     modulation = linear(torch.nn.functional.silu(vector), weights, "time_embedder.projection").view(6, -1)
     caption = linear(gelu(linear(text, weights, "text_embedder.up")), weights, "text_embedder.down")
     x = linear(patches, weights, "patch_embedder")
+    if model.absolute_positions:
+        x = x + place_code(clip, model.hidden_size, model.latent_frame_rate)
     for layer in range(model.num_layers):
         name = f"blocks.{layer}"
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = weights[f"{name}.modulation"] + modulation

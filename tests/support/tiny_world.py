@@ -51,6 +51,7 @@ def tiny_config(
             text_size=8,
             text_length=6,
             frequency_size=16,
+            absolute_positions=True,
             moe=MoEConfig(**{**experts, **(moe or {})}),
         ),
         parallel=ParallelConfig(**parallel),

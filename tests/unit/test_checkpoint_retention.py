@@ -45,7 +45,7 @@ def test_step_saved_again_replaces_the_former_one(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.replaced"))
 
 
-def test_resolve_takes_a_run_a_folder_of_checkpoints_or_one(tmp_path: Path) -> None:
+def test_resolve_takes_a_run_its_checkpoints_their_latest_or_one(tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*run"):
         resolve(tmp_path / "run")
@@ -53,6 +53,7 @@ def test_resolve_takes_a_run_a_folder_of_checkpoints_or_one(tmp_path: Path) -> N
     newest = checkpoints / "step_00000002"
     assert resolve(tmp_path / "run") == resolve(checkpoints) == resolve(newest) == newest
     assert resolve(checkpoints / "step_00000001") == checkpoints / "step_00000001"
+    assert resolve(checkpoints / "latest") == newest
     with pytest.raises(CheckpointError, match="not finished"):
         resolve(checkpoints / "step_00000003.partial")
     (checkpoints / "latest").write_text("step_00000001\n")
