@@ -6,7 +6,6 @@ gap without a flip before it would be an error of the engine, not of rounding.
 
 from typing import Any
 
-import pytest
 import torch
 
 from megavid.models.moe.layer import VideoMoELayer
@@ -16,8 +15,6 @@ from megavid.plan.layout import layout_of
 from tests.support import tolerance
 from tests.support.ranks import RankPool
 from tests.support.tiny_world import initialize, microbatches, take_step, tiny_config
-
-pytestmark = pytest.mark.mcore
 
 STEPS = 20
 Decisions = dict[tuple[int, int, int], torch.Tensor]  # (layer, pack, first token) -> bool [tokens, E]

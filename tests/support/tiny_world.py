@@ -55,7 +55,7 @@ def tiny_config(
             moe=MoEConfig(**{**experts, **(moe or {})}),
         ),
         parallel=ParallelConfig(**parallel),
-        train=TrainConfig(global_batch_size=8, micro_batch_size=micro, seed=SEED),
+        train=TrainConfig(global_batch_size=4, micro_batch_size=micro, seed=SEED),
         precision=PrecisionConfig(dtype=dtype),
         diffusion=DiffusionConfig(),
         data=DataConfig(pack_tokens=96),
@@ -90,13 +90,15 @@ def microbatches(config: RunConfig, mesh: Mesh, step: int) -> list[LatentBatch]:
 
 
 def initialize(engine: Engine[Any]) -> None:
-    """Weights with no zeros among them: a fresh model's head is zero and lets no gradient pass in the first step."""
+    """Fresh weights, but for the head: a fresh one is zero and lets no gradient pass in the first step."""
     engine.initialize(SEED)
     for fragment in engine.weight_fragments("model"):
+        if not fragment.name.startswith("model/head.projection"):
+            continue
         at = 0
         for box in fragment.boxes:
             drawn = normal_box(key_of(SEED, fragment.name), fragment.global_shape, box.offset, box.shape).reshape(-1)
-            fragment.data[at : at + box.numel] += 0.05 * drawn
+            fragment.data[at : at + box.numel] += 0.1 * drawn
             at += box.numel
     engine.load_finished()
 
