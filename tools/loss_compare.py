@@ -77,6 +77,8 @@ def describe_routing(a: Sequence[Row], b: Sequence[Row], steps: set[object]) -> 
                 moved += sum(abs(x - y) for x, y in zip(mine, theirs)) / 2
                 total += sum(mine)
         first = first or (int(str(row["step"])) if moved > before else 0)
+    if total == 0:
+        return "routing: router.jsonl has none of these steps in both runs (it is written every log.interval_steps)"
     since = f", the first at step {first}" if first else ""
     return f"routing: at least {moved:.0f} of {total:.0f} (token, expert) pairs differ{since}"
 

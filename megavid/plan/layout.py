@@ -113,6 +113,10 @@ def _check_model(config: RunConfig) -> None:
         f"parallel.context = {parallel.context}: context parallelism is not built yet; set 1",
     )
     require(
+        parallel.context_strategy == "auto",
+        f"parallel.context_strategy = '{parallel.context_strategy}' needs parallel.context > 1; leave it at 'auto'",
+    )
+    require(
         model.num_heads % parallel.tensor == 0,
         f"parallel.tensor = {parallel.tensor} must divide model.num_heads = {model.num_heads}",
     )
