@@ -149,8 +149,8 @@ def _transformer_engine() -> Finding:
         return Finding(name, "off", "not installed", "megavid's own layers; no fused attention of TE, no FP8")
     trouble = why_not("transformer_engine.pytorch")
     if not trouble:
-        return Finding(name, "on", version, "layers of Transformer Engine on GPUs")
-    effect = "beside it megatron-core cannot be imported without CUDA: pip uninstall transformer-engine"
+        return Finding(name, "on", version, "megatron-core's fused Adam; layers stay megavid's own in this version")
+    effect = "left out: megavid's own layers and torch's Adam; pip uninstall transformer-engine where there is no CUDA"
     return Finding(name, "warn", f"{version}: {trouble}", effect)
 
 

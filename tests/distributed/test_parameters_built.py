@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from megavid.config.load import preset_names
 
 ROOT = Path(__file__).parents[2]
@@ -54,17 +52,14 @@ def _check(cases: list[Case]) -> None:
         assert answer["planned"] == answer["built"], case
 
 
-@pytest.mark.mcore
 def test_every_preset_on_one_rank() -> None:
     _check([(preset, _flags(), 1, 0) for preset in preset_names()])
 
 
-@pytest.mark.mcore
 def test_every_rank_of_small_layouts() -> None:
     _check([("tiny", _flags(**degrees), world, rank) for world, degrees in TINY_LAYOUTS for rank in range(world)])
 
 
-@pytest.mark.mcore
 def test_first_middle_and_last_ranks_of_large_layouts() -> None:
     _check(
         [
