@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megavid.parallel.te import HAS_TE  # before megatron-core, see there
@@ -34,18 +33,12 @@ from megavid.plan.layout import Layout
 with warnings.catch_warnings():
     # "Transformer Engine and Apex are not installed": four times at import; `megavid doctor` says it once, and better.
     warnings.simplefilter("ignore")
-    from megatron.core import package_info, parallel_state, tensor_parallel
+    from megatron.core import package_info, parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
-        finalize_model_grads,
     )
     from megatron.core.enums import ModelType
-    from megatron.core.extensions.transformer_engine import (
-        TEColumnParallelLinear,
-        TEDotProductAttention,
-        TERowParallelLinear,
-    )
     from megatron.core.optimizer import (
         ChainedOptimizer,
         MegatronOptimizer,
@@ -71,14 +64,10 @@ with warnings.catch_warnings():
         scatter_to_sequence_parallel_region,
         scatter_to_tensor_model_parallel_region,
     )
-    from megatron.core.transformer import ModuleSpec, TransformerConfig
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
-    from megatron.core.transformer.module import Float16Module, MegatronModule
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.moe import moe_utils
-    from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-    from megatron.core.transformer.moe.router import Router, TopKRouter
-    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.moe.token_dispatcher import (
         MoEAllGatherTokenDispatcher,
         MoEAlltoAllTokenDispatcher,
@@ -88,14 +77,11 @@ with warnings.catch_warnings():
 
 __all__ = [
     "HAS_TE",
-    "MLP",
     "ChainedOptimizer",
     "ColumnParallelLinear",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "DistributedOptimizer",
-    "Float16Module",
-    "MLPSubmodules",
     "MegatronModule",
     "MegatronOptimizer",
     "MoEAllGatherTokenDispatcher",
@@ -105,26 +91,16 @@ __all__ = [
     "MoESubmodules",
     "MoETokenDispatcher",
     "ModelType",
-    "ModuleSpec",
     "OptimizerConfig",
     "ParamKey",
     "ParamPredicate",
     "ProcessGroupCollection",
-    "Router",
     "RowParallelLinear",
-    "SequentialMLP",
-    "SharedExpertMLP",
-    "TEColumnParallelLinear",
-    "TEDotProductAttention",
-    "TERowParallelLinear",
-    "TopKRouter",
     "TransformerConfig",
     "build_moe_layer",
-    "checkpoint",
     "clip_grad_by_total_norm_fp32",
     "close_groups",
     "copy_to_tensor_model_parallel_region",
-    "finalize_model_grads",
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
     "get_cuda_rng_tracker",
@@ -278,11 +254,6 @@ def without_weight_decay(is_exempt: Callable[[Parameter], bool]) -> dict[Any, An
     when no overrides are given.
     """
     return {ParamKey(predicate=ParamPredicate(name="no_weight_decay", fn=is_exempt)): {"wd_mult": 0.0}}
-
-
-def checkpoint(function: Callable[..., Any], *args: Tensor | None) -> Any:
-    """Run ``function(*args)`` without keeping its activations; backward runs it again (activation recompute)."""
-    return tensor_parallel.checkpoint(function, False, *args)
 
 
 def current_device() -> torch.device:
