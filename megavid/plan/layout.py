@@ -8,14 +8,22 @@ context, data, pipeline; for experts expert-tensor, expert, expert-data, pipelin
 from dataclasses import dataclass
 
 from megavid.config.schema import ModelConfig, RunConfig, require
+from megavid.plan.context import ContextPlan, context_plan
 
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("etp", "ep", "edp", "pp")
+FAST_DOMAIN = 8
+"""Ranks that one fast domain (NVLink) is taken to join where nothing else is known: one node of GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Degrees of every axis; ``tp * cp * dp * pp == etp * ep * edp * pp == world_size``."""
+    """Degrees of every axis; ``tp * cp * dp * pp == etp * ep * edp * pp == world_size``.
+
+    Attributes:
+        sequence: activations between tensor-parallel blocks are sharded over tokens.
+        context: how attention crosses the ``cp`` ranks; None for a ring.
+    """
 
     tp: int = 1
     cp: int = 1
@@ -26,6 +34,12 @@ class Layout:
     etp: int = 1
     edp: int = 1
     sequence: bool = False
+    context: ContextPlan | None = None
+
+    @property
+    def context_plan(self) -> ContextPlan:
+        """How attention crosses the context-parallel ranks; a ring where nothing else was chosen."""
+        return self.context or ContextPlan(ring=self.cp)
 
     @property
     def world_size(self) -> int:
@@ -49,10 +63,11 @@ class Layout:
         return place
 
     def describe(self) -> str:
-        """One short line, axes of size 1 left out: ``dp2 tp2+sp pp2 vpp2 ep2``."""
+        """One short line, axes of size 1 left out: ``dp2 tp2+sp cp4 (ulysses2 x ring2) pp2 vpp2 ep2``."""
         parts = [f"dp{self.dp}"]
         parts += [f"tp{self.tp}" + ("+sp" if self.sequence else "")] if self.tp > 1 else []
-        parts += [f"{axis}{size}" for axis, size in (("cp", self.cp), ("pp", self.pp), ("vpp", self.vpp)) if size > 1]
+        parts += [f"cp{self.cp} ({self.context_plan.describe()})"] if self.cp > 1 else []
+        parts += [f"{axis}{size}" for axis, size in (("pp", self.pp), ("vpp", self.vpp)) if size > 1]
         parts += [f"{axis}{size}" for axis, size in (("ep", self.ep), ("etp", self.etp)) if size > 1]
         return " ".join(parts)
 
@@ -100,20 +115,20 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         f"with parallel.virtual_pipeline > 1 the microbatches of a step = {microbatches} must be a multiple "
         f"of parallel.pipeline = {pp}; change train.global_batch_size or train.micro_batch_size",
     )
+    context = context_plan(
+        parallel.context_strategy, heads_per_tp=config.model.num_heads // tp, cp=cp, tokens=config.data.pack_tokens,
+        domain=max(FAST_DOMAIN // tp, 1),
+    )  # fmt: skip
     return Layout(
         tp=tp, cp=cp, dp=dp, pp=pp, vpp=parallel.virtual_pipeline, ep=ep, etp=etp, edp=world_size // expert,
-        sequence=parallel.is_sequence_parallel,
+        context=context, sequence=parallel.is_sequence_parallel,
     )  # fmt: skip
 
 
 def _check_model(config: RunConfig) -> None:
     parallel, model = config.parallel, config.model
     require(
-        parallel.context == 1,
-        f"parallel.context = {parallel.context}: context parallelism is not built yet; set 1",
-    )
-    require(
-        parallel.context_strategy == "auto",
+        parallel.context > 1 or parallel.context_strategy == "auto",
         f"parallel.context_strategy = '{parallel.context_strategy}' needs parallel.context > 1; leave it at 'auto'",
     )
     require(

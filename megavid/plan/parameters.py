@@ -120,20 +120,20 @@ def count_rank(model: ModelConfig, layout: Layout, rank: int) -> RankCounts:
 
 def held_tensors(model: ModelConfig, layout: Layout, pp_rank: int) -> Iterator[Tensor]:
     """Tensors of one pipeline stage, in model space; one on every stage comes once."""
-    yield from _embedders(model, is_first=pp_rank == 0)
+    yield from embedder_tensors(model, is_first=pp_rank == 0)
     for chunk in range(layout.vpp):
         for layer in layers_of_chunk(model, layout, pp_rank, chunk):
             yield from block_tensors(model, layer)
     if pp_rank == layout.pp - 1:
-        yield from _head(model)
+        yield from head_tensors(model)
 
 
 def tensors(model: ModelConfig) -> Iterator[Tensor]:
     """Every tensor of the model once, in the order of the model."""
-    yield from _embedders(model, is_first=True)
+    yield from embedder_tensors(model, is_first=True)
     for layer in range(model.num_layers):
         yield from block_tensors(model, layer)
-    yield from _head(model)
+    yield from head_tensors(model)
 
 
 def block_tensors(model: ModelConfig, layer: int) -> Iterator[Tensor]:
@@ -175,7 +175,7 @@ def _is_first_copy(tensor: Tensor, place: dict[str, int]) -> bool:
 # What the parts are made of
 
 
-def _embedders(model: ModelConfig, *, is_first: bool) -> Iterator[Tensor]:
+def embedder_tensors(model: ModelConfig, *, is_first: bool) -> Iterator[Tensor]:
     """The patch embedding (first stage), and the time and text MLPs, which every stage holds."""
     width, patch = model.hidden_size, model.in_channels * model.patch_volume
     if is_first:
@@ -245,7 +245,8 @@ def _pair(
         yield Tensor(name=f"{down}.bias", shape=(width,), part=part, cut_over=over, expert=expert)
 
 
-def _head(model: ModelConfig) -> Iterator[Tensor]:
+def head_tensors(model: ModelConfig) -> Iterator[Tensor]:
+    """Tensors of the head, which only the last chunk has."""
     width, patch = model.hidden_size, model.out_channels * model.patch_volume
     yield Tensor(name="head.modulation", shape=(2, width), part="head", stages="last")
     yield Tensor(name="head.projection.weight", shape=(patch, width), part="head", stages="last")

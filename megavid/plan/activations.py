@@ -1,0 +1,327 @@
+"""Bytes of activations on one rank: what a microbatch keeps for its backward pass, how many are kept, working memory.
+
+Owns the formulas that ``megavid.plan.memory`` adds up. They follow the ops as they are written, tensor by tensor, so
+an op that is fused changes its line here; tests count what autograd really keeps. Notation: ``own`` tokens stand on the
+rank between tensor-parallel products, ``span`` tokens inside them; ``wide`` is fp32, ``narrow`` the activations' dtype.
+"""
+
+from dataclasses import dataclass
+
+from megavid.config.schema import ModelConfig, RunConfig
+from megavid.plan.buffers import chunk_parameters
+from megavid.plan.layout import Layout, layers_of_chunk
+from megavid.plan.workload import Workload
+
+WIDE, INDEX = 4, 8
+"""Bytes of an fp32 number and of an int64 index."""
+EXPERT_PARTS = ("router", "experts", "shared_expert")
+"""Parts of an expert layer's feed-forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Sizes of one microbatch on one rank.
+
+    Attributes:
+        own: tokens between tensor-parallel products: all / (tp x cp) under sequence parallelism, else all / cp.
+        span: tokens inside them: all / cp.
+        valid: share of tokens that belong to clips.
+        clips: clips of the microbatch, whole packs: their captions stand on every rank.
+        tp: tensor-parallel ranks.
+        etp: expert-tensor ranks.
+        ulysses: ranks that exchange tokens for heads.
+        ring: ranks that keys and values travel between.
+        narrow: bytes of an activation.
+        has_copies: activations are not fp32, so that what is computed in fp32 is a copy.
+    """
+
+    own: int
+    span: int
+    valid: float
+    clips: int
+    tp: int
+    etp: int
+    ulysses: int
+    ring: int
+    narrow: int
+    has_copies: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, layout: Layout, workload: Workload) -> "Shapes":
+        """Sizes of a microbatch of ``workload`` in ``layout``."""
+        packs = config.train.micro_batch_size
+        span = packs * workload.pack_tokens // layout.cp
+        is_bf16 = config.precision.dtype == "bf16"
+        return cls(
+            own=span // layout.tp if layout.sequence else span,
+            span=span,
+            valid=workload.tokens / workload.pack_tokens,
+            clips=packs * len(workload.clip_tokens),
+            tp=layout.tp,
+            etp=layout.etp,
+            ulysses=layout.context_plan.ulysses,
+            ring=layout.context_plan.ring,
+            narrow=2 if is_bf16 else WIDE,
+            has_copies=is_bf16,
+        )
+
+
+def activation_bytes(
+    config: RunConfig, layout: Layout, pp_rank: int, workload: Workload, imbalance: float = 1.0
+) -> dict[str, int]:
+    """Bytes that ONE microbatch keeps for its backward pass on a rank of stage ``pp_rank``, all its chunks, by part.
+
+    Args:
+        config: the run.
+        layout: its layout.
+        pp_rank: pipeline stage.
+        workload: what its packs hold.
+        imbalance: rows of this rank's experts over the mean.
+    """
+    model, shapes = config.model, Shapes.of(config, layout, workload)
+    parts: dict[str, float] = {}
+
+    def add(found: dict[str, float], times: int = 1) -> None:
+        for part, size in found.items():
+            parts[part] = parts.get(part, 0.0) + size * times
+
+    add(_shared(model, shapes), layout.vpp)
+    dense, moe = layers_of_stage(model, layout, pp_rank)
+    for is_moe, count in ((False, dense), (True, moe)):
+        if count:
+            add(block_bytes(model, shapes, config.parallel.recompute, is_moe=is_moe, imbalance=imbalance), count)
+    if pp_rank == 0:
+        patch = model.in_channels * model.patch_volume
+        add({"embedders": shapes.own * patch * shapes.narrow})
+    if pp_rank == layout.pp - 1:
+        add({"head": _head(model, shapes)})
+    return {part: round(size) for part, size in parts.items()}
+
+
+def layers_of_stage(model: ModelConfig, layout: Layout, pp_rank: int) -> tuple[int, int]:
+    """Dense and expert layers of a stage, all its chunks."""
+    layers = [i for chunk in range(layout.vpp) for i in layers_of_chunk(model, layout, pp_rank, chunk)]
+    moe = sum(model.is_moe_layer(layer) for layer in layers)
+    return len(layers) - moe, moe
+
+
+def block_bytes(
+    model: ModelConfig, shapes: Shapes, recompute: str, *, is_moe: bool, imbalance: float = 1.0
+) -> dict[str, float]:
+    """Bytes that one block keeps, by part; the residual stream that it is given counts as its own."""
+    stream = shapes.own * model.hidden_size * shapes.narrow
+    if recompute == "full":
+        return {"residual": stream}
+    if recompute == "selective":
+        # Each of three branches keeps its input, the two gated ones their output, and attention its own.
+        return {
+            "residual": 3 * stream + 2 * _gated_residual(model, shapes),
+            "self_attention": _attention_output(model, shapes),
+        }
+    return {
+        "residual": 2 * _gated_residual(model, shapes),
+        "self_attention": _modulated_norm(model, shapes) + _self_attention(model, shapes),
+        "cross_attention": _norm_input(model, shapes) + _cross_attention(model, shapes),
+        **_feed_forward(model, shapes, is_moe=is_moe, imbalance=imbalance),
+    }
+
+
+# Branches
+
+
+def _head(model: ModelConfig, shapes: Shapes) -> float:
+    return _modulated_norm(model, shapes) + shapes.own * model.hidden_size * shapes.narrow
+
+
+def _self_attention(model: ModelConfig, shapes: Shapes) -> float:
+    width = shapes.span * model.hidden_size / shapes.tp
+    kept = shapes.own * model.hidden_size * shapes.narrow + _norm_across_heads(shapes, width, count=2)
+    kept += _attention_output(model, shapes)
+    if shapes.ulysses == shapes.ring == 1:
+        # q and k rotated, and the storage that q, k and v came in, which v keeps alive.
+        return kept + 5 * width * shapes.narrow
+    # q, k and v as they travel, and with Ulysses the output back in token layout, are tensors of their own.
+    copies = 3 + (shapes.ulysses > 1)
+    storage = 0 if shapes.has_copies else 3 * width * WIDE  # that q, k and v came in, which their norms keep
+    return kept + copies * width * shapes.narrow + storage
+
+
+def _cross_attention(model: ModelConfig, shapes: Shapes) -> float:
+    width, heads = shapes.span * model.hidden_size / shapes.tp, shapes.span * model.num_heads / shapes.tp
+    text = shapes.clips * model.text_length * model.hidden_size / shapes.tp
+    matrix_input = shapes.own * model.hidden_size * shapes.narrow
+    queries = _norm_across_heads(shapes, width, count=1) + (2 * width * shapes.narrow + heads * WIDE)
+    queries += width * shapes.narrow + (0 if shapes.has_copies else width * WIDE)
+    keys = _norm_across_heads(shapes, text, count=1) + 3 * text * shapes.narrow
+    return matrix_input + queries + keys
+
+
+def _feed_forward(model: ModelConfig, shapes: Shapes, *, is_moe: bool, imbalance: float) -> dict[str, float]:
+    normed = _modulated_norm(model, shapes)
+    hidden_input = shapes.own * model.hidden_size * shapes.narrow
+    if not is_moe:
+        return {"dense_ffn": normed + hidden_input + 2 * shapes.span * model.ffn_size / shapes.tp * shapes.narrow}
+    found = {"router": normed + _router(model, shapes), "experts": _experts(model, shapes, imbalance)}
+    if model.moe.shared_ffn_size:
+        kept = 4 if model.moe.activation == "swiglu" else 2
+        found["shared_expert"] = kept * shapes.span * model.moe.shared_ffn_size / shapes.tp * shapes.narrow
+    # The router's input in fp32; the shared expert's in the narrow dtype, which is the same tensor where that is fp32.
+    if model.moe.shared_ffn_size and shapes.has_copies:
+        found["shared_expert"] += hidden_input
+    return found
+
+
+def _router(model: ModelConfig, shapes: Shapes) -> float:
+    moe = model.moe
+    choice = 0 if moe.router == "expert_choice" else moe.top_k * (INDEX + WIDE) + WIDE
+    scores = moe.num_experts * (WIDE + 1) + choice
+    return shapes.own * (model.hidden_size * WIDE + scores)
+
+
+def _experts(model: ModelConfig, shapes: Shapes, imbalance: float) -> float:
+    moe = model.moe
+    rows = _rows(model, shapes, imbalance)
+    hidden = moe.expert_ffn_size / shapes.etp
+    # GELU keeps its input, the hidden activation and that times the gate; SwiGLU also the gate's side of it.
+    kept = 5 if moe.activation == "swiglu" else 3
+    # Of each row: its tokens' numbers, where it came from, its expert, its gate.
+    indices = 2 * INDEX + WIDE
+    permutation = shapes.own * moe.num_experts * (1 + WIDE)
+    return rows * (model.hidden_size * shapes.narrow + kept * hidden * shapes.narrow + indices) + permutation
+
+
+def _rows(model: ModelConfig, shapes: Shapes, imbalance: float) -> float:
+    """Rows that this rank's experts compute; over expert-tensor ranks each has the rows of all of them."""
+    return shapes.own * shapes.valid * model.moe.top_k * shapes.etp * imbalance
+
+
+# Ops
+
+
+def _attention_output(model: ModelConfig, shapes: Shapes) -> float:
+    """Output and log-sum-exp of self-attention; the output is the input of the matrix after it, too."""
+    return shapes.span / shapes.tp * (model.hidden_size * shapes.narrow + model.num_heads * WIDE)
+
+
+def _norm_input(model: ModelConfig, shapes: Shapes) -> float:
+    """LayerNorm: its input in fp32, mean and deviation."""
+    return shapes.own * (model.hidden_size * WIDE + 2 * WIDE)
+
+
+def _modulated_norm(model: ModelConfig, shapes: Shapes) -> float:
+    """LayerNorm, its result, and every token's row of the scale."""
+    return _norm_input(model, shapes) + 2 * shapes.own * model.hidden_size * WIDE
+
+
+def _gated_residual(model: ModelConfig, shapes: Shapes) -> float:
+    """The update in fp32 and every token's row of the gate."""
+    return 2 * shapes.own * model.hidden_size * WIDE
+
+
+def _norm_across_heads(shapes: Shapes, width: float, count: int) -> float:
+    """RMSNorm of ``count`` tensors of ``width`` numbers: a product in fp32, and two copies if narrower."""
+    return count * width * WIDE * (3 if shapes.has_copies else 1)
+
+
+def _shared(model: ModelConfig, shapes: Shapes) -> dict[str, float]:
+    """What all blocks of a chunk share: captions, angles, each token's row, and the embedders' own."""
+    text = shapes.clips * model.text_length
+    embedders = text * (model.text_size + 3 * model.hidden_size) * shapes.narrow
+    modulation = shapes.clips * model.hidden_size * 20 * WIDE
+    angles = shapes.span * model.head_size * WIDE
+    return {"embedders": embedders, "modulation": modulation, "angles": angles + shapes.own * INDEX}
+
+
+# Beside what is kept
+
+
+def sent_bytes(config: RunConfig, layout: Layout, pp_rank: int, workload: Workload) -> int:
+    """Hidden states of ONE microbatch that a stage has sent on and its schedule holds until their gradient is back."""
+    shapes = Shapes.of(config, layout, workload)
+    chunks = layout.vpp - (pp_rank == layout.pp - 1)
+    return chunks * shapes.own * config.model.hidden_size * shapes.narrow
+
+
+def in_flight(layout: Layout, pp_rank: int, microbatches: int) -> float:
+    """Microbatches whose activations a stage keeps at its peak, in whole stages (a chunk counts 1 / vpp).
+
+    Source: megatron-core's schedules: 1F1B runs pp - stage - 1 microbatches ahead of the first backward pass, the
+    interleaved schedule 2 (pp - stage - 1) + (vpp - 1) pp chunks.
+    """
+    if layout.vpp == 1:
+        return float(min(microbatches, layout.pp - pp_rank))
+    warmup = 2 * (layout.pp - pp_rank - 1) + (layout.vpp - 1) * layout.pp
+    return min(warmup + 1, microbatches * layout.vpp) / layout.vpp
+
+
+def working_bytes(config: RunConfig, layout: Layout, pp_rank: int, workload: Workload, imbalance: float = 1.0) -> int:
+    """Bytes that live only while one block runs backward: what recomputation brings back, and gradients on their way.
+
+    An upper estimate: what later blocks have let go of by then is not taken off, but for the head.
+    """
+    model, shapes = config.model, Shapes.of(config, layout, workload)
+    recompute, worst = config.parallel.recompute, 0.0
+    for is_moe, count in zip((False, True), layers_of_stage(model, layout, pp_rank)):
+        if count:
+            again = _computed_again(model, shapes, recompute, is_moe=is_moe, imbalance=imbalance)
+            worst = max(worst, again + _temporaries(model, shapes, is_moe=is_moe, imbalance=imbalance))
+    if pp_rank == layout.pp - 1:
+        worst = max(worst - _head(model, shapes), _temporaries(model, shapes, is_moe=False))
+    largest = max(p.numel for chunk in range(layout.vpp) for p in chunk_parameters(model, layout, pp_rank, chunk))
+    return round(worst) + largest * shapes.narrow  # the gradient of one parameter before it is added to the buffer
+
+
+def _computed_again(model: ModelConfig, shapes: Shapes, recompute: str, *, is_moe: bool, imbalance: float) -> float:
+    """What recomputation brings back at a time: a block, or a branch, whose gate is behind it by then."""
+    if recompute == "none":
+        return 0.0
+    parts = block_bytes(model, shapes, "none", is_moe=is_moe, imbalance=imbalance)
+    if recompute == "full":
+        return sum(parts.values()) - (0 if shapes.has_copies else shapes.own * model.hidden_size * WIDE)
+    branches = (
+        parts["self_attention"] - _attention_output(model, shapes),
+        parts["cross_attention"],
+        sum(parts.get(part, 0.0) for part in ("dense_ffn", *EXPERT_PARTS)),
+    )
+    return max(branches) - _gated_residual(model, shapes)
+
+
+def _temporaries(model: ModelConfig, shapes: Shapes, *, is_moe: bool, imbalance: float = 1.0) -> float:
+    """Gradients inside one branch: three of the stream in fp32 and one narrow, or those of the experts' rows."""
+    stream = shapes.own * model.hidden_size * (3 * WIDE + shapes.narrow)
+    if not is_moe:
+        return stream
+    moe, rows = model.moe, _rows(model, shapes, imbalance)
+    narrow, hidden = model.hidden_size * shapes.narrow, moe.expert_ffn_size / shapes.etp
+    row = max(3 * narrow, narrow + 2 * WIDE * hidden)
+    if moe.has_bias:  # the gate's gradient takes two products in fp32
+        row = max(row, 2 * narrow + 2 * WIDE * model.hidden_size)
+    # Two narrow rows are the dispatcher's; the branch's gate is behind it by then.
+    return max(stream, rows * (row - 2 * narrow) - _gated_residual(model, shapes))
+
+
+def dispatcher_bytes(
+    config: RunConfig, layout: Layout, pp_rank: int, workload: Workload, imbalance: float = 1.0
+) -> int:
+    """Rows on their way to the experts and back that no backward pass keeps: what is sent and what is received."""
+    if not layers_of_stage(config.model, layout, pp_rank)[1]:
+        return 0
+    shapes = Shapes.of(config, layout, workload)
+    return round(2 * _rows(config.model, shapes, imbalance) * config.model.hidden_size * shapes.narrow)
+
+
+def context_parallel_bytes(config: RunConfig, layout: Layout, workload: Workload) -> int:
+    """Buffers of context-parallel attention that no backward pass keeps, at their most.
+
+    Ulysses packs q, k and v once more to send them. A ring has the keys and values at hand and those that arrive, and
+    backward their gradients in fp32 three times: this rank's part, what arrives, what is under way. The all-gather has
+    all ranks' keys and values, and backward their gradients in fp32.
+    """
+    plan, shapes = layout.context_plan, Shapes.of(config, layout, workload)
+    width = shapes.span * config.model.hidden_size / shapes.tp
+    total = 3 * width * shapes.narrow if plan.ulysses > 1 else 0.0
+    if plan.ring > 1 and plan.kind == "ring":
+        total += 2 * width * (2 * shapes.narrow + 3 * WIDE)
+    elif plan.ring > 1:
+        total += 2 * width * plan.ring * (shapes.narrow + WIDE)
+    return round(total)

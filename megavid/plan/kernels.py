@@ -1,0 +1,179 @@
+"""Seconds of one kernel or one collective: peaks and link rates times the efficiencies of the calibration.
+
+Owns the four laws that every step time is made of (matrix products, attention, memory-bound work, transfers) and
+nothing about models or schedules. Every law is smooth and monotone: a faster machine is never slower, more work never
+takes less time.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from megavid.plan.calibration import Calibration
+from megavid.plan.hardware import Hardware
+
+BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}
+"""Bytes of an activation by number format; products of FP8 read and write bf16."""
+GRADIENT_BYTES = 4
+"""Bytes of a weight gradient; matrix products add to it in fp32."""
+
+
+Beside = Literal[
+    "", "pieces", "products", "shared_expert", "attention", "neighbour", "last_backward", "first_forward", "step"
+]
+"""What computation hides a collective."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Matrix products of one shape: ``calls`` times [rows, inner] x [inner, columns].
+
+    Attributes:
+        part: what the time is booked as, a part of ``megavid.plan.flops``.
+        rows: tokens of one call.
+        inner: width that is summed over.
+        columns: width of the result.
+        calls: in the forward pass of one microbatch.
+    """
+
+    part: str
+    rows: float
+    inner: float
+    columns: float
+    calls: float = 1.0
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the forward pass."""
+        return 2.0 * self.rows * self.inner * self.columns * self.calls
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention of one shape: the products of queries with keys and of weights with values.
+
+    Attributes:
+        part: "self_attention" or "cross_attention".
+        flops: of the forward pass, all calls; a causal mask's empty half is not in it.
+        keys: that a query sees on average.
+        head_size: width of a head (the mean of its keys' and its values').
+        is_ring: crosses context-parallel ranks by a ring, a piece of the keys at a time.
+    """
+
+    part: str
+    flops: float
+    keys: float
+    head_size: float
+    is_ring: bool = False
+
+    @property
+    def exponentials(self) -> float:
+        """Exponentials of the forward pass; the backward one computes them again."""
+        return self.flops / (4.0 * self.head_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Collectives of one kind that one rank takes part in, over a whole step.
+
+    Attributes:
+        axis: "tp", "cp", "ep", "etp", "pp", "dp", "edp", or "fsdp" (weights gathered in every microbatch).
+        operation: c10d's name.
+        calls: of one step.
+        bytes: that this rank sends in all of them.
+        group_size: ranks of the group.
+        ranks_per_domain: ranks of the group inside one NVLink domain.
+        beside: what the engine computes while they run, see ``megavid.plan.critical_path``; "" for nothing.
+        remote_bytes: of ``bytes``, what leaves the domain; None for what even shares give.
+    """
+
+    axis: str
+    operation: str
+    calls: float
+    bytes: float
+    group_size: int
+    ranks_per_domain: int
+    beside: Beside = ""
+    remote_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine with its calibration, in one number format: seconds of kernels and collectives."""
+
+    hardware: Hardware
+    calibration: Calibration
+    dtype: str = "bf16"
+
+    @cached_property
+    def memory_rate(self) -> float:
+        """Bytes/s that memory-bound kernels reach."""
+        return self.hardware.memory_rate * self.calibration.memory_efficiency
+
+    @cached_property
+    def product_rate(self) -> float:
+        """FLOP/s that a matrix product of large operands reaches."""
+        return self.hardware.peak_of(self.dtype) * self.calibration.matrix_efficiency
+
+    def product(self, work: Product) -> tuple[float, float]:
+        """Forward and backward seconds: arithmetic, and the operands' way through memory on top of it.
+
+        Adding both is what makes narrow products slow (few rows for each expert: its weights are read for little). The
+        backward pass is two products, of which the one for the weights adds to fp32 gradients.
+        """
+        size = BYTES[self.dtype]
+        arithmetic = work.flops / self.product_rate
+        rows = work.rows * (work.inner + work.columns) * size
+        weights = work.inner * work.columns
+        forward = arithmetic + work.calls * (rows + weights * size) / self.memory_rate
+        of_weights = arithmetic + work.calls * (rows + 2.0 * weights * GRADIENT_BYTES) / self.memory_rate
+        return forward, forward + of_weights
+
+    def attention(self, work: Attention) -> tuple[float, float]:
+        """Forward and backward seconds of a fused kernel; the backward one does 2.5 times the products.
+
+        Exponentials add to the products' time. That is what makes attention reach less of a Blackwell's peak than of
+        a Hopper's, and less with narrow heads.
+        """
+        calibration = self.calibration
+        filled = work.keys / (work.keys + calibration.attention_half_keys)
+        filled *= calibration.ring_efficiency if work.is_ring else 1.0
+        rate = self.hardware.peak_of(self.dtype) * calibration.attention_efficiency
+        exponentials = work.exponentials / self.hardware.exponential_rate
+        forward = work.flops / rate
+        backward = 2.5 * forward / calibration.attention_backward_ratio
+        return (forward + exponentials) / filled, (backward + exponentials) / filled
+
+    def glue(self, bytes_moved: float, *, is_estimate: bool = False) -> float:
+        """Seconds of memory-bound work of this many bytes, counted operator by operator or estimated by hand."""
+        calibration = self.calibration
+        factor = calibration.estimated_glue_factor if is_estimate else calibration.glue_factor
+        return bytes_moved * factor / self.memory_rate
+
+    def exchange(self, work: Exchange) -> float:
+        """Seconds of the collectives of one step, whether hidden or not."""
+        if work.group_size <= 1 or (work.bytes <= 0 and work.calls <= 0):
+            return 0.0
+        calibration, hardware = self.calibration, self.hardware
+        nvlink = hardware.nvlink_rate * calibration.nvlink_efficiency
+        network = hardware.network_rate * calibration.network_efficiency
+        hops = math.log2(work.group_size)
+        if work.ranks_per_domain >= work.group_size:
+            return work.bytes / nvlink + work.calls * hops * calibration.nvlink_latency_s
+        latency = work.calls * hops * calibration.network_latency_s
+        if work.operation == "all_to_all":
+            remote = work.remote_bytes
+            if remote is None:
+                remote = work.bytes * (work.group_size - work.ranks_per_domain) / (work.group_size - 1)
+            exchange_rate = hardware.network_rate * calibration.alltoall_efficiency
+            return max(remote / exchange_rate, (work.bytes - remote) / nvlink) + latency
+        # A ring enters and leaves a domain once, over the network cards of all the group's ranks in it.
+        lanes = work.ranks_per_domain if work.operation != "send" else 1
+        return work.bytes / min(nvlink, lanes * network) + latency
+
+
+def total_flops(products: Sequence[Product], attention: Sequence[Attention]) -> float:
+    """FLOPs of a forward pass."""
+    return sum(work.flops for work in products) + sum(work.flops for work in attention)

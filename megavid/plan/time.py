@@ -1,0 +1,243 @@
+"""Seconds of one optimizer step of our models in a layout, part by part, and the MFU that they mean.
+
+Owns the step from a config to the critical path: shapes of every product on one rank, memory-bound bytes as counted
+from our operators, and which computation hides which of the engine's collectives. Rates and rules are ``kernels`` and
+``critical_path``; FLOPs that MFU counts are ``flops``. Only overlap that the engine performs is counted.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from importlib import resources
+
+from megavid.config.schema import ModelConfig, RunConfig
+from megavid.plan.activations import Shapes, layers_of_stage
+from megavid.plan.buffers import buckets_of_rank
+from megavid.plan.calibration import Calibration
+from megavid.plan.critical_path import Schedule, Stage, StepTime, step_time_of
+from megavid.plan.flops import expert_rows, model_flops
+from megavid.plan.hardware import Hardware
+from megavid.plan.kernels import Attention, Beside, Exchange, Machine, Product
+from megavid.plan.layout import Layout, microbatches_of_step
+from megavid.plan.traffic import Transfer, traffic_of
+from megavid.plan.workload import Workload
+
+__all__ = ["StepTime", "mfu", "stages_of", "step_time"]
+
+
+def step_time(
+    config: RunConfig, layout: Layout, workload: Workload, hardware: Hardware, calibration: Calibration
+) -> StepTime:
+    """Time of one optimizer step.
+
+    Args:
+        config: the run.
+        layout: of its ranks.
+        workload: what each pack holds; the number of microbatches is the config's.
+        hardware: of every rank.
+        calibration: what its kernels and links reach.
+
+    Raises:
+        ConfigError: the hardware has no peak for the run's number format.
+    """
+    stages = stages_of(config, layout, workload, hardware)
+    has_load = config.model.family == "wan_moe" and config.model.moe.router != "expert_choice" and layout.ep > 1
+    schedule = Schedule(
+        microbatches=microbatches_of_step(config, layout),
+        pp=layout.pp,
+        vpp=layout.vpp,
+        imbalance=calibration.routing_imbalance if has_load else 1.0,
+    )
+    return step_time_of(stages, schedule, Machine(hardware, calibration, config.precision.dtype))
+
+
+def mfu(config: RunConfig, layout: Layout, workload: Workload, hardware: Hardware, seconds: float) -> float:
+    """Model FLOPs of a step over what all ranks could do in ``seconds`` at the dense bf16 peak.
+
+    Machines without a bf16 rate (a CPU's probe in fp32) are held against the peak of the run's own format.
+    """
+    flops = model_flops(config.model, workload.clip_tokens).total * workload.packs_per_step
+    peak = hardware.peak_of("bf16" if "bf16" in hardware.peak else config.precision.dtype)
+    return flops / (seconds * layout.world_size * peak)
+
+
+def stages_of(config: RunConfig, layout: Layout, workload: Workload, hardware: Hardware) -> tuple[Stage, ...]:
+    """The first, the middle and the last pipeline stage: every other one is like the middle one, or lighter."""
+    ranks = dict.fromkeys((0, min(1, layout.pp - 1), layout.pp - 1))
+    return tuple(_stage(config, layout, workload, hardware, pp_rank) for pp_rank in ranks)
+
+
+def _stage(config: RunConfig, layout: Layout, workload: Workload, hardware: Hardware, pp_rank: int) -> Stage:
+    dense, moe = layers_of_stage(config.model, layout, pp_rank)
+    shapes = Shapes.of(config, layout, workload)
+    counts = operator_counts()[config.precision.dtype]
+    again = _recomputed(config.parallel.recompute)
+    is_dropless = config.model.moe.router != "expert_choice"
+    buckets = buckets_of_rank(config, layout, pp_rank)
+    updated = sum(bucket.numel / bucket.ranks for bucket in buckets)
+    exchanges = traffic_of(config, layout, pp_rank, workload, hardware.nvlink_domain)
+    layers = dense + moe
+    repeated = 1 + (1 / 3 if again else 0.0)  # a third of the operators belongs to the forward pass
+    return Stage(
+        products=_products(config, layout, workload, shapes, pp_rank, (dense, moe)),
+        attention=_attention(config, layout, workload, layers),
+        glue_bytes=_glue_bytes(config.model, shapes, counts, dense, moe),
+        recompute=again,
+        operators=(dense * counts["dense_operators"] + moe * counts["moe_operators"]) * repeated
+        + layout.vpp * counts["microbatch_operators"],
+        stalls=moe * (3 if again else 2) if is_dropless else 0.0,
+        exchanges=tuple(_exchange(transfer, layout, hardware) for transfer in exchanges),
+        optimizer_bytes=updated * counts["optimizer_bytes"],
+        optimizer_operators=counts["step_operators"] + layers * counts["layer_step_operators"],
+    )
+
+
+def _recomputed(recompute: str) -> Mapping[str, float]:
+    """Forward passes done again, by part, as in ``flops.recompute_flops``."""
+    if recompute == "none":
+        return {}
+    parts = ("cross_attention", "projections", "dense_ffn", "experts", "shared_expert", "router", "glue")
+    return dict.fromkeys((*parts, "self_attention") if recompute == "full" else parts, 1.0)
+
+
+# Shapes on one rank
+
+
+def _products(
+    config: RunConfig, layout: Layout, workload: Workload, shapes: Shapes, pp_rank: int, layers: tuple[int, int]
+) -> tuple[Product, ...]:
+    """Products of a stage's forward pass; their FLOPs are ``flops.stage_flops`` over tp x cp."""
+    model, (dense, moe) = config.model, layers
+    clips = workload.clip_tokens * config.train.micro_batch_size
+    found = [_times(product, dense + moe) for product in _projections(model, shapes)]
+    width, span, tp = model.hidden_size, float(shapes.span), shapes.tp
+    if dense:
+        found += [_times(product, dense) for product in _pair("dense_ffn", span, width, model.ffn_size / tp, 1)]
+    if moe:
+        found += [_times(product, moe) for product in _experts(model, layout, shapes, clips)]
+    # What every stage does once for each chunk: the timestep's MLP and the text's.
+    text = float(shapes.clips * model.text_length)
+    found += [
+        Product("modulation", shapes.clips, model.frequency_size, width, layout.vpp),
+        Product("modulation", shapes.clips, width, width, 7 * layout.vpp),
+        Product("embedders", text, model.text_size, width, layout.vpp),
+        Product("embedders", text, width, width, layout.vpp),
+    ]
+    if pp_rank == 0:
+        found.append(Product("embedders", shapes.own, model.in_channels * model.patch_volume, width))
+    if pp_rank == layout.pp - 1:
+        found.append(Product("head", shapes.own, width, model.out_channels * model.patch_volume))
+    return tuple(found)
+
+
+def _projections(model: ModelConfig, shapes: Shapes) -> tuple[Product, ...]:
+    """The matrices of both attentions of one block: q, k and v are one product, k and v of the text another."""
+    width, span, tp = model.hidden_size, float(shapes.span), shapes.tp
+    text = float(shapes.clips * model.text_length)
+    return (
+        Product("projections", span, width, 3 * width / tp),
+        Product("projections", span, width / tp, width, 2),
+        Product("projections", span, width, width / tp),
+        Product("projections", text, width, 2 * width / tp),
+    )
+
+
+def _experts(model: ModelConfig, layout: Layout, shapes: Shapes, clips: tuple[int, ...]) -> tuple[Product, ...]:
+    """Router, shared expert and one product for each local expert; rows are even over all experts."""
+    moe = model.moe
+    widths = 2 if moe.activation == "swiglu" else 1
+    found = [Product("router", shapes.own, model.hidden_size, moe.num_experts)]
+    if moe.shared_ffn_size:
+        found += _pair("shared_expert", shapes.span, model.hidden_size, moe.shared_ffn_size / shapes.tp, widths)
+    # Rows of the ranks that share these tokens, gathered over the ranks that share the experts' matrices.
+    rows = expert_rows(model, clips) / (layout.tp * layout.cp) * layout.etp * layout.ep / moe.num_experts
+    local = moe.num_experts / layout.ep
+    pair = _pair("experts", rows, model.hidden_size, moe.expert_ffn_size / layout.etp, widths)
+    return (*found, *(_times(product, local) for product in pair))
+
+
+def _pair(part: str, rows: float, width: float, hidden: float, widening: int) -> tuple[Product, Product]:
+    return Product(part, rows, width, hidden * widening), Product(part, rows, hidden, width)
+
+
+def _times(work: Product, count: float) -> Product:
+    return Product(work.part, work.rows, work.inner, work.columns, work.calls * count)
+
+
+def _attention(config: RunConfig, layout: Layout, workload: Workload, layers: int) -> tuple[Attention, ...]:
+    model, packs = config.model, config.train.micro_batch_size
+    share = packs * layers / (layout.tp * layout.cp)
+    pairs = sum(clip * clip for clip in workload.clip_tokens)
+    keys = pairs / workload.tokens
+    is_ring = layout.cp > 1 and layout.context_plan.ring > 1
+    flops, text = 4.0 * model.hidden_size * share, float(model.text_length)
+    return (
+        Attention("self_attention", flops * pairs, keys, model.head_size, is_ring),
+        Attention("cross_attention", flops * workload.tokens * text, text, model.head_size),
+    )
+
+
+# Memory-bound work and the host
+
+
+@cache
+def operator_counts() -> Mapping[str, Mapping[str, float]]:
+    """Bytes and operators of our blocks by number format, as counted by ``tools/count_operators.py``."""
+    return tomllib.loads(resources.files("megavid.plan").joinpath("operators.toml").read_text(encoding="utf-8"))
+
+
+def _glue_bytes(model: ModelConfig, shapes: Shapes, counts: Mapping[str, float], dense: int, moe: int) -> float:
+    """Bytes of one microbatch's memory-bound operators, both passes.
+
+    Between tensor-parallel products a rank has its own tokens at full width; inside them all tokens at a share of the
+    width: with sequence parallelism both are tokens x width / tp.
+    """
+    width, own, hidden = model.hidden_size, float(shapes.own), shapes.span / shapes.tp
+    total = dense * (counts["dense_width"] * own * width + counts["dense_hidden"] * hidden * model.ffn_size)
+    if moe:
+        sizes = model.moe
+        rows = own * shapes.valid * sizes.top_k * shapes.etp
+        total += moe * (
+            counts["moe_width"] * own * width
+            + counts["row_width"] * rows * width
+            + counts["row_hidden"] * rows * sizes.expert_ffn_size / shapes.etp
+            + counts["dense_hidden"] * hidden * sizes.shared_ffn_size
+        )
+    return total
+
+
+# Communication
+
+
+_HIDDEN_BY: Mapping[tuple[str, str], Beside] = {
+    ("dp", "reduce_scatter"): "last_backward", ("edp", "reduce_scatter"): "last_backward",
+    ("dp", "all_gather"): "first_forward", ("edp", "all_gather"): "first_forward",
+}  # fmt: skip
+_HIDDEN_BY_AXIS: Mapping[str, Beside] = {
+    "tp": "products", "cp": "attention", "ep": "shared_expert", "etp": "shared_expert", "pp": "step",
+}  # fmt: skip
+
+
+def _exchange(transfer: Transfer, layout: Layout, hardware: Hardware) -> Exchange:
+    beside: Beside = ""
+    if transfer.is_overlapped:
+        beside = _HIDDEN_BY.get((transfer.axis, transfer.operation)) or _HIDDEN_BY_AXIS.get(transfer.axis, "")
+    near = transfer.group_size
+    if transfer.fabric == "network":
+        near = hardware.ranks_per_domain(transfer.group_size, _stride(transfer, layout))
+    return Exchange(
+        transfer.axis, transfer.operation, transfer.calls, transfer.bytes, transfer.group_size, near, beside
+    )
+
+
+@lru_cache(maxsize=1024)
+def _stride(transfer: Transfer, layout: Layout) -> int:
+    """How many ranks apart the members of a transfer's group stand."""
+    plan = layout.context_plan
+    if transfer.axis == "cp":
+        return layout.tp * (1 if transfer.operation == "all_to_all" else plan.ulysses)
+    if transfer.axis == "ep":
+        return layout.etp if transfer.operation == "all_to_all" else 1
+    between_stages = layout.world_size // layout.pp
+    strides = {"pp": between_stages, "embedders": between_stages, "dp": layout.tp, "edp": layout.etp * layout.ep}
+    return strides.get(transfer.axis, 1)

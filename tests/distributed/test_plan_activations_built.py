@@ -1,0 +1,86 @@
+"""Activation bytes in closed form against what autograd keeps in models that are built and run, within 5%."""
+
+from typing import Any
+
+from tests.support.plan_measured import Case, measure_on
+from tests.support.ranks import RankPool
+
+MODEL = {"hidden_size": 96, "num_heads": 4, "ffn_size": 256, "text_length": 8}
+GELU = {"num_experts": 8, "top_k": 4, "expert_ffn_size": 64, "shared_ffn_size": 64}
+SWIGLU = {**GELU, "activation": "swiglu", "router": "softmax", "has_bias": False}
+CHOICE = {**GELU, "router": "expert_choice", "shared_ffn_size": 0}
+CLIPS = {"clips": (90, 70, 20), "pack_tokens": 192}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "dense, clips": CLIPS,
+    "dense, tp2": {"parallel": {"tensor": 2}, **CLIPS},
+    "dense, tp2 without sp": {"parallel": {"tensor": 2, "sequence": False}, **CLIPS},
+    "dense, ulysses2": {"parallel": {"context": 2, "context_strategy": "ulysses"}, **CLIPS},
+    "dense, ring2": {"parallel": {"context": 2, "context_strategy": "ring"}, **CLIPS},
+    "dense, allgather2": {"parallel": {"context": 2, "context_strategy": "allgather"}, **CLIPS},
+    "dense, tp2 ulysses2 x ring2": {
+        "parallel": {"tensor": 2, "context": 4, "context_strategy": "hybrid"},
+        "clips": (384,),
+        "pack_tokens": 384,
+    },
+    "sigmoid": {"family": "wan_moe", "moe": GELU},
+    "softmax, clips": {"family": "wan_moe", "moe": SWIGLU, **CLIPS},
+    "expert choice, two packs": {"family": "wan_moe", "moe": CHOICE, "packs": 2},
+    "sigmoid, tp2": {"family": "wan_moe", "moe": GELU, "parallel": {"tensor": 2}, **CLIPS},
+}
+META: dict[str, dict[str, Any]] = {
+    # One clip that fills its pack, so that every expert has as many tokens.
+    "sigmoid, ep4": {"family": "wan_moe", "moe": GELU, "parallel": {"expert": 4}},
+    "softmax, tp2 ep2 etp2": {
+        "family": "wan_moe",
+        "moe": SWIGLU,
+        "parallel": {"tensor": 2, "expert": 2, "expert_tensor": 2},
+    },
+}
+
+
+def cases() -> dict[tuple[str, str, str], Case]:
+    """Every shape in every mode of recomputation, in fp32 and bf16 (meta tensors: bf16)."""
+    found = {}
+    for name, shape in (SHAPES | META).items():
+        for recompute in ("none", "selective", "full"):
+            for dtype in ("fp32", "bf16") if name in SHAPES else ("bf16",):
+                parallel = {**shape.get("parallel", {}), "recompute": recompute}
+                given = {"clips": (96,), **shape, "parallel": parallel, "dtype": dtype, "model": MODEL}
+                found[name, recompute, dtype] = Case(**given)
+    return found
+
+
+def test_saved_bytes_are_planned_within_five_percent(pool: RankPool) -> None:
+    wanted, wrong = cases(), {}
+    answers = measure_on(pool, [("saved", (case,)) for case in wanted.values()])
+    for name, answer in zip(wanted, answers, strict=True):
+        planned = sum(answer["planned"].values())
+        if abs(planned / answer["saved"] - 1) > 0.05:
+            wrong[name] = (answer["saved"], answer["planned"])
+    assert not wrong
+
+
+def test_peak_of_a_microbatch_is_planned_from_above(pool: RankPool) -> None:
+    wanted = [
+        Case(family=family, moe=moe, model=MODEL, parallel={"recompute": recompute}, dtype="bf16", clips=(96,))
+        for family, moe in (("wan", {}), ("wan_moe", {**GELU, "top_k": 8}), ("wan_moe", SWIGLU))
+        for recompute in ("none", "selective", "full")
+    ]
+    for case, answer in zip(wanted, measure_on(pool, [("peak", (case,)) for case in wanted]), strict=True):
+        ratio = sum(answer["planned"].values()) / answer["peak"]
+        assert 0.97 < ratio < 1.25, (case, answer, ratio)
+
+
+def test_microbatches_in_flight_are_those_of_the_schedule(pool: RankPool) -> None:
+    deep = {**MODEL, "hidden_size": 48, "num_layers": 8}
+    wanted = [
+        (Case(model=deep, parallel={"pipeline": 4}), 6),
+        (Case(model=deep, parallel={"pipeline": 4}), 3),
+        (Case(model=deep, parallel={"pipeline": 2, "virtual_pipeline": 4}), 4),
+        (Case(model=deep, parallel={"pipeline": 4, "virtual_pipeline": 2}), 4),
+        (Case(model=deep, parallel={"pipeline": 4, "virtual_pipeline": 2}), 8),
+    ]
+    for case, answer in zip(wanted, measure_on(pool, [("flight", case) for case in wanted]), strict=True):
+        assert answer["seen"] == answer["planned"], case
