@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 
 STAMP := $(VENV)/.built
 
-.PHONY: help env demo test lint format unit distributed pytest test-mcore-latest clean
+.PHONY: help env demo test lint format unit distributed pytest test-context test-mcore-latest clean
 
 help:
 	@echo "make demo               environment, demo videos, shards, training on 4 CPU ranks, sampled video; under runs/demo"
@@ -19,6 +19,7 @@ help:
 	@echo "make env                the environment alone, in $(VENV)"
 	@echo "make lint | format      what CI checks of the source | rewrite it so"
 	@echo "make unit | distributed parts of the tests"
+	@echo "make test-context       context parallelism: every strategy, split and mask against attention on one rank"
 	@echo "make test-mcore-latest  distributed tests on the newest megatron-core's sources (skipped when offline)"
 	@echo "make clean              remove the environment and caches (not runs/)"
 
@@ -58,6 +59,11 @@ unit: env
 
 distributed: env
 	$(BIN)/python -m pytest tests/distributed
+
+# Rung 5 of the ladder alone: the whole matrix of context parallelism. It takes under a minute, so `make test` has it too.
+test-context: env
+	$(BIN)/python -m pytest tests/distributed/test_context_*.py tests/unit/test_context_schedule.py \
+		tests/unit/test_block_attention.py tests/unit/test_plan_context.py
 
 test-mcore-latest: env
 	$(BIN)/python tools/mcore_latest.py

@@ -196,7 +196,7 @@ class ParallelConfig:
     context: int = 1
     """Ranks that share the tokens of every pack in attention too (CP)."""
     context_strategy: Literal["auto", "ulysses", "ring", "allgather", "hybrid"] = "auto"
-    """How attention crosses context-parallel ranks."""
+    """How attention crosses context-parallel ranks; auto: heads in a node (ulysses), a ring beyond."""
     expert: int = 1
     """Ranks that share the experts of a layer (EP)."""
     expert_tensor: int = 1
@@ -204,7 +204,7 @@ class ParallelConfig:
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """How tokens travel to experts; flex needs DeepEP or HybridEP."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again: nothing, attention and expert activations, or whole blocks."""
+    """What the backward pass computes again: nothing, all inside a block but its self-attention, or whole blocks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False

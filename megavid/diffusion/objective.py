@@ -2,7 +2,8 @@
 
 Owns all randomness of training that is not initialisation, order or dropout. Everything about a clip is keyed by
 (seed, purpose, clip.draw), so it depends neither on the pack, row or rank that the clip stands on nor on what
-stands beside it. Knows no rank, no model class, no data set.
+stands beside it. Knows no rank, no model class, no data set: a batch whose tensors hold a span of the tokens gets that
+span of the same noise, and its losses are parts of sums.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from megavid.config.schema import DiffusionConfig
 from megavid.diffusion.flow import interpolate, velocity_of
 from megavid.diffusion.timesteps import TIMESTEP_SCALE, stratified_sigma, training_sigma
 from megavid.models.inputs import ModelInput
-from megavid.ops.packs import LatentBatch, Pack, clip_index
+from megavid.ops.packs import LatentBatch, Pack, Span, clip_index, clip_parts
 from megavid.ops.philox import Key, key_of, normal, uniform_at
 
 
@@ -41,8 +42,9 @@ class ClipLosses:
     """Squared error of each clip; a mean over any set of clips is ``sum_G.sum() / elements_G.sum()``.
 
     Attributes:
-        sum_G: squared error summed over the numbers of each clip, fp32 (fp64 for fp64 velocities); has a gradient.
-        elements_G: numbers in each clip, int64.
+        sum_G: squared error summed over the numbers of each clip that the batch's span holds, fp32 (fp64 for fp64
+            velocities); has a gradient. Spans that make up the packs add up to the clip's.
+        elements_G: numbers in each whole clip, int64.
     """
 
     sum_G: Tensor
@@ -108,8 +110,8 @@ def add_noise(batch: LatentBatch, keys: Sequence[Key], sigmas: Sequence[float]) 
         sigmas: noise level of each clip.
     """
     clean_BTP = batch.clean_BTP
-    noise_BTP = clip_noise(batch.packs, keys, clean_BTP)
-    clip_BT = clip_index(batch.packs).to(clean_BTP.device)
+    noise_BTP = clip_noise(batch.packs, keys, clean_BTP, batch.span)
+    clip_BT = clip_index(batch.packs, batch.span).to(clean_BTP.device)
     row_BT = clip_BT.clamp(min=0)
     sigma_G = torch.tensor(sigmas, dtype=torch.float32, device=clean_BTP.device)
     patches_BTP = interpolate(clean_BTP, noise_BTP, sigma_G.to(clean_BTP.dtype)[row_BT].unsqueeze(-1))
@@ -119,29 +121,34 @@ def add_noise(batch: LatentBatch, keys: Sequence[Key], sigmas: Sequence[float]) 
         timestep_R=TIMESTEP_SCALE * sigma_G,
         row_BT=row_BT,
         text_GLD=batch.text_GLD,
+        start=batch.start,
     )
     return Noised(model_input, velocity_of(clean_BTP, noise_BTP), clip_BT >= 0, sigma_G)
 
 
-def clip_noise(packs: Sequence[Pack], keys: Sequence[Key], like_BTP: Tensor) -> Tensor:
-    """Standard normal noise of each clip's own stream, shaped as ``like_BTP``; zero in the padding."""
+def clip_noise(packs: tuple[Pack, ...], keys: Sequence[Key], like_BTP: Tensor, span: Span) -> Tensor:
+    """Standard normal noise of each clip's own stream at the tokens of ``span``, as ``like_BTP``; zero in the padding.
+
+    Args:
+        packs: the segment tables.
+        keys: stream of each clip; its token j, number p gets element j * P + p, whatever the span.
+        like_BTP: shape, dtype and device.
+        span: the tokens that it holds.
+    """
     noise_BTP = torch.zeros_like(like_BTP)
     width = like_BTP.shape[-1]
-    places = [(row, clip) for row, pack in enumerate(packs) for clip in pack.clips]
-    for key, (row, clip) in zip(keys, places, strict=True):
-        numbers = normal(key, 0, clip.tokens * width, like_BTP.device)
-        noise_BTP[row, clip.start : clip.start + clip.tokens] = numbers.view(clip.tokens, width)
+    for key, part in zip(keys, clip_parts(packs, span), strict=True):
+        numbers = normal(key, part.first * width, part.tokens * width, like_BTP.device)
+        noise_BTP[part.here] = numbers.view(part.tokens, width)
     return noise_BTP
 
 
 def clip_losses(velocity_BTP: Tensor, noised: Noised) -> ClipLosses:
-    """Squared error of the predicted velocity against ``noised.target_BTP``, summed over each clip."""
+    """Squared error of the predicted velocity against ``noised.target_BTP``, summed over each clip's tokens here."""
     wide = torch.promote_types(velocity_BTP.dtype, torch.float32)
     square_BT = (velocity_BTP.to(wide) - noised.target_BTP.to(wide)).square().sum(-1)
     # One slice per clip rather than an indexed add: the same order of additions wherever the clip stands, on CUDA too.
-    sums, elements = [], []
-    for row, pack in enumerate(noised.input.packs):
-        for clip in pack.clips:
-            sums.append(square_BT[row, clip.start : clip.start + clip.tokens].sum())
-            elements.append(clip.tokens * velocity_BTP.shape[-1])
-    return ClipLosses(torch.stack(sums), torch.tensor(elements, device=velocity_BTP.device))
+    parts = list(clip_parts(noised.input.packs, noised.input.span))
+    sum_G = torch.stack([square_BT[part.here].sum() for part in parts])
+    elements_G = torch.tensor([part.clip.tokens * velocity_BTP.shape[-1] for part in parts], device=sum_G.device)
+    return ClipLosses(sum_G, elements_G)

@@ -31,15 +31,15 @@ def sample(
     """Sample the clips of ``prompts``.
 
     Args:
-        velocity_of: the model: velocity [B, T, P] for an input; on every rank the same.
-        prompts: what to sample, with or without guidance.
+        velocity_of: the model: velocity [B, T, P] at the tokens of an input.
+        prompts: what to sample, with or without guidance; ``prompts.span`` says which tokens are here.
         start_noise_BTP: state at sigmas[0], from ``prompts.start_noise``.
         sigmas: noise levels, falling, from ``sigma_schedule``.
         kind: solver.
         on_step: called with (steps done, steps in all) after each.
 
     Returns:
-        Clean clips as patches, [B, T, P]; ``prompts.clips_of`` takes them out.
+        Clean clips as patches, [B, T, P] of the span; ``prompts.clips_of`` takes them out of whole packs.
 
     Raises:
         ConfigError: a solver that is not known.

@@ -4,18 +4,22 @@ q and k are normalised across all heads, which tensor-parallel ranks share: one 
 in the forward pass and one in the backward pass. The norm's weight is sharded like the heads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megavid.models.build import Build, column_linear, row_linear
-from megavid.ops.attention import cross_attention, self_attention
+from megavid.ops.attention import cross_attention
 from megavid.ops.norm import rms_norm_of_sum, wide
-from megavid.ops.packs import Pack
+from megavid.ops.packs import Pack, Span
 from megavid.ops.rope import rotate
 from megavid.parallel import mcore
 from megavid.parallel.placement import Init, Piece, Placement, place
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values [T, B, N, A] of this rank's tokens and heads to what the queries gather."""
 
 
 class AcrossHeadsNorm(nn.Module):
@@ -61,19 +65,19 @@ class SelfAttention(nn.Module):
         self.norm = AcrossHeadsNorm(build, (f"{name}.q_norm.weight", f"{name}.k_norm.weight"))
         self.out = row_linear(build, f"{name}.out", width, width)
 
-    def forward(self, x_tBD: Tensor, cos: Tensor, sin: Tensor, packs: tuple[Pack, ...]) -> Tensor:
-        """Attention of this rank's tokens [t, B, D]; inside, every rank has all T tokens and its own heads.
+    def forward(self, x_tBD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Attention of this rank's tokens [t, B, D]; inside, every rank has its span's T tokens and its own heads.
 
         Args:
             x_tBD: normed and modulated tokens.
-            cos: cosines of the angles of all T tokens, [T, B, 1, A / 2].
+            cos: cosines of the angles of the T tokens, [T, B, 1, A / 2].
             sin: sines, likewise.
-            packs: the segment tables.
+            attend: the attention itself, of these packs, over all context-parallel ranks.
         """
         q, k, v = self.qkv(x_tBD)[0].chunk(3, dim=-1)
         q, k = self.norm(q, k)
         q, k, v = (x.unflatten(-1, (-1, self.head_size)) for x in (q, k, v))
-        attended = self_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, packs)
+        attended = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         out: Tensor = self.out(attended.flatten(-2))[0]
         return out
 
@@ -91,11 +95,11 @@ class CrossAttention(nn.Module):
         self.k_norm = AcrossHeadsNorm(build, (f"{name}.k_norm.weight",))
         self.out = row_linear(build, f"{name}.out", width, width)
 
-    def forward(self, x_tBD: Tensor, text_LGD: Tensor, packs: tuple[Pack, ...]) -> Tensor:
-        """Attention of this rank's tokens [t, B, D] to the captions [L, G, D]."""
+    def forward(self, x_tBD: Tensor, text_LGD: Tensor, packs: tuple[Pack, ...], span: Span) -> Tensor:
+        """Attention of this rank's tokens [t, B, D], T of ``span`` inside, to the captions [L, G, D]."""
         (q,) = self.q_norm(self.q(x_tBD)[0])
         k, v = self.kv(text_LGD)[0].chunk(2, dim=-1)
         (k,) = self.k_norm(k)
         q, k, v = (x.unflatten(-1, (-1, self.head_size)) for x in (q, k, v))
-        out: Tensor = self.out(cross_attention(q, k, v, packs).flatten(-2))[0]
+        out: Tensor = self.out(cross_attention(q, k, v, packs, span).flatten(-2))[0]
         return out

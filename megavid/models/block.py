@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from megavid.models.attention import CrossAttention, SelfAttention
+from megavid.models.attention import Attend, CrossAttention, SelfAttention
 from megavid.models.build import Build, column_linear, row_linear
 from megavid.models.moe.layer import build_moe
 from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo
 from megavid.ops.norm import gated_residual, layer_norm, modulated_norm, wide
-from megavid.ops.packs import Pack
+from megavid.ops.packs import Pack, Span
+from megavid.ops.regions import in_region
+from megavid.parallel.context.recompute import keep_attention
 from megavid.parallel.placement import Init
 
 
@@ -28,16 +30,20 @@ class Conditioning:
     """What every block of a stage shares for one microbatch.
 
     Attributes:
-        packs: the segment tables.
+        packs: the segment tables, of whole packs.
+        span: the tokens of every pack that stand on this context-parallel rank, T of them.
+        attend: attention of the clips of these packs to themselves, over all context-parallel ranks.
         modulation_R6D: six modulation vectors of each row of the timestep table, fp32.
         row_tB: row of every token of this rank.
         text_LGD: captions at the model's width.
-        cos: cosines of RoPE for all T tokens, [T, B, 1, A / 2] fp32.
+        cos: cosines of RoPE for the T tokens, [T, B, 1, A / 2] fp32.
         sin: sines, likewise.
         tokens: what routers know of this rank's tokens.
     """
 
     packs: tuple[Pack, ...]
+    span: Span
+    attend: Attend
     modulation_R6D: Tensor
     row_tB: Tensor
     text_LGD: Tensor
@@ -99,25 +105,29 @@ class Block(nn.Module):
             return result
         return self._block(x_tBD, given)
 
+    @in_region("norms")
     def _block(self, x_tBD: Tensor, given: Conditioning) -> tuple[Tensor, RoutingStats | None]:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (wide(self.table) + given.modulation_R6D).unbind(1)
         row = given.row_tB
-        update = self._maybe_again(self._attend, x_tBD, shift, scale, given)
+        update = self._maybe_again(self._attend, x_tBD, shift, scale, given, context_fn=keep_attention)
         x_tBD = gated_residual(x_tBD, update, gate, row)
         x_tBD = x_tBD + self._maybe_again(self._attend_to_text, x_tBD, given)
         update, stats = self._maybe_again(self._feed, x_tBD, ffn_shift, ffn_scale, given)
         return gated_residual(x_tBD, update, ffn_gate, row), stats
 
+    @in_region("norms")
     def _attend(self, x_tBD: Tensor, shift: Tensor, scale: Tensor, given: Conditioning) -> Tensor:
         normed = modulated_norm(x_tBD, shift, scale, given.row_tB, self.eps)
-        out: Tensor = self.self_attention(normed, given.cos, given.sin, given.packs)
+        out: Tensor = self.self_attention(normed, given.cos, given.sin, given.attend)
         return out
 
+    @in_region("norms")
     def _attend_to_text(self, x_tBD: Tensor, given: Conditioning) -> Tensor:
         normed = layer_norm(x_tBD, self.eps, self.cross_norm_weight, self.cross_norm_bias)
-        out: Tensor = self.cross_attention(normed, given.text_LGD, given.packs)
+        out: Tensor = self.cross_attention(normed, given.text_LGD, given.packs, given.span)
         return out
 
+    @in_region("norms")
     def _feed(
         self, x_tBD: Tensor, shift: Tensor, scale: Tensor, given: Conditioning
     ) -> tuple[Tensor, RoutingStats | None]:
@@ -127,12 +137,12 @@ class Block(nn.Module):
             return result
         return self.feed_forward(normed), None
 
-    def _maybe_again(self, part: Any, *args: Any) -> Any:
+    def _maybe_again(self, part: Any, *args: Any, context_fn: Any = noop_context_fn) -> Any:
         """Call ``part``, and under selective recomputation keep only its inputs for the backward pass.
 
         Each part is one branch of the residual stream, so what stays in memory is the stream itself and not what is
-        inside the branches.
+        inside the branches; ``context_fn`` may keep more.
         """
         if self.recompute == "selective" and torch.is_grad_enabled():
-            return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
         return part(*args)

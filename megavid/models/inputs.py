@@ -4,12 +4,12 @@ Owns the argument record only. Modulation, timesteps and text each have their ow
 whole record from its own microbatch, never from its neighbour.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megavid.ops.packs import Pack
+from megavid.ops.packs import Pack, Span
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,13 @@ class ModelInput:
     """Noised packs and what they are conditioned on.
 
     Attributes:
-        packs: the B segment tables (host data), G clips in all.
+        packs: the B segment tables (host data) of whole packs, G clips in all.
         patches_BTP: noised latents as patches, fp32; the padding is zero.
         timestep_R: 1000 * noise level of each row of the timestep table, fp32; one row per clip, or per frame of a clip
             where known frames are clean.
         row_BT: row of that table for every token, int64; 0 in the padding.
         text_GLD: text features of each clip, fp32.
+        start: token of every pack that patches_BTP and row_BT begin with.
     """
 
     packs: tuple[Pack, ...]
@@ -30,11 +31,17 @@ class ModelInput:
     timestep_R: Tensor
     row_BT: Tensor
     text_GLD: Tensor
+    start: int = 0
+
+    @property
+    def span(self) -> Span:
+        """The tokens that patches_BTP and row_BT hold."""
+        return Span(self.start, self.start + self.patches_BTP.shape[1])
 
     def to(self, device: torch.device) -> "ModelInput":
         """The same record with its tensors on ``device``."""
-        return ModelInput(
-            packs=self.packs,
+        return replace(
+            self,
             patches_BTP=self.patches_BTP.to(device),
             timestep_R=self.timestep_R.to(device),
             row_BT=self.row_BT.to(device),

@@ -28,9 +28,10 @@ def build_engine(config: RunConfig, mesh: Mesh, *, with_optimizer: bool = True) 
 
 
 def velocity_of(engine: "Engine[Any]", inputs: ModelInput) -> Tensor:
-    """The model's velocity for ``inputs``, [B, T, P] fp32, on every rank and on the patches' device; no gradient.
+    """The model's velocity at the tokens of ``inputs``, [B, T, P] fp32, on the patches' device; no gradient.
 
-    Ranks: every rank of one model replica calls it with the same inputs; data-parallel replicas may differ.
+    Ranks: every rank of one model replica calls it with the same inputs, cut to its own span of the tokens
+    (``Mesh.token_span``), and gets the velocity of that span; data-parallel replicas may differ.
     """
     layout, mesh = engine.mesh.layout, engine.mesh
     # The interleaved schedule takes its microbatches in rounds of the number of stages.
@@ -53,7 +54,7 @@ def velocity_of(engine: "Engine[Any]", inputs: ModelInput) -> Tensor:
         return first.to(home)
     model = engine.config.model
     width = model.out_channels * model.patch_volume
-    velocity = kept[0] if kept else torch.empty(shape[1], shape[0], width, device=mesh.device)
+    velocity = kept[0] if kept else torch.empty(shape[1], inputs.span.tokens, width, device=mesh.device)
     velocity = velocity.contiguous()
     mesh.broadcast(velocity, "pp", mesh.size("pp") - 1)
     return velocity.to(home)

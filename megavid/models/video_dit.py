@@ -1,17 +1,19 @@
 """The video diffusion transformer as one pipeline chunk: the blocks it holds, and at the ends the patches and the head.
 
 Owns the order of things from patches to velocity. A chunk that is neither first nor last has only blocks and the
-replicated embedders. Tokens travel as [t, B, D]; between tensor-parallel blocks a rank holds T / tp of them where
-sequence parallelism is on.
+replicated embedders. A rank is given its context-parallel span of every pack's tokens (T below); they travel as
+[t, B, D], and between tensor-parallel blocks a rank holds T / tp of them where sequence parallelism is on.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megavid.config.schema import RunConfig
+from megavid.models.attention import Attend
 from megavid.models.block import Block, Conditioning
 from megavid.models.build import Build
 from megavid.models.embedders import Head, PatchEmbedder, TextEmbedder, TimestepEmbedder
@@ -22,6 +24,8 @@ from megavid.models.transformer import transformer_config
 from megavid.ops.packs import clip_index, positions
 from megavid.ops.rope import place_code, rope_angles
 from megavid.parallel import mcore
+from megavid.parallel.context.attention import ContextParallelAttention
+from megavid.parallel.context.attn_plan import AttnPlan
 from megavid.parallel.mesh import Mesh
 from megavid.plan.layout import layers_of_chunk
 
@@ -63,10 +67,11 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         self.received = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(self, inputs: ModelInput, aux_scale: float = 0.0) -> Tensor:
-        """Velocity of all patches on the last chunk, [B, T, P] fp32 on every tensor-parallel rank; else hidden states.
+        """Velocity of the patches given on the last chunk, [B, T, P] fp32 on every tensor-parallel rank; else hidden
+        states.
 
         Args:
-            inputs: noised packs and what they are conditioned on, the same on every stage.
+            inputs: noised packs and what they are conditioned on, the same on every stage: this rank's span of them.
             aux_scale: weight of one clip's router losses, 1 / clips of the global batch; 0 leaves them out.
         """
         row_TB = inputs.row_BT.t()
@@ -88,7 +93,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         x_tBD: Tensor = self.patch_embedder(self._own_tokens(inputs.patches_BTP.transpose(0, 1)))
         if not self.model.absolute_positions:
             return x_tBD
-        place_TB3 = positions(inputs.packs, self.model.latent_frame_rate).to(x_tBD.device).transpose(0, 1)
+        place_TB3 = self._places(inputs, x_tBD.device)
         return x_tBD + self._own_tokens(place_code(place_TB3, self.model.hidden_size)).to(x_tBD.dtype)
 
     def _velocity(self, x_tBD: Tensor, head_RD: Tensor, row_tB: Tensor) -> Tensor:
@@ -118,19 +123,29 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         self.routing[layer] = detached if before is None else RoutingStats(*(a + b for a, b in zip(before, detached)))
 
     def _own_tokens(self, x_TBx: Tensor) -> Tensor:
-        """This rank's tokens of a tensor that has all of them."""
+        """This tensor-parallel rank's tokens of a tensor that has all of the span."""
         if not self.mesh.is_sequence_parallel:
             return x_TBx
         return x_TBx.chunk(self.mesh.size("tp"))[self.mesh.coordinate("tp")]
+
+    def _places(self, inputs: ModelInput, device: torch.device) -> Tensor:
+        place_BT3 = positions(inputs.packs, self.model.latent_frame_rate, inputs.span)
+        return place_BT3.to(device).transpose(0, 1)
+
+    def _attention(self, inputs: ModelInput) -> Attend:
+        """Attention of every clip of these packs to itself, the same object for all blocks: it is planned once."""
+        layout = self.mesh.cp_layout(inputs.packs[0].tokens)
+        assert inputs.span == layout.span, (inputs.span, layout.span)
+        attention = ContextParallelAttention(layout, layout.groups.plan.kind)
+        return partial(attention, plans=tuple(AttnPlan.packed(pack) for pack in inputs.packs))
 
     def _conditioning(
         self, inputs: ModelInput, modulation_R6D: Tensor, row_tB: Tensor, aux_scale: float
     ) -> Conditioning:
         model, device = self.model, modulation_R6D.device
-        place_TB3 = positions(inputs.packs, model.latent_frame_rate).to(device).transpose(0, 1)
-        angles = rope_angles(place_TB3, model.head_size).unsqueeze(2)
+        angles = rope_angles(self._places(inputs, device), model.head_size).unsqueeze(2)
         wide_dtype = torch.float64 if modulation_R6D.dtype == torch.float64 else torch.float32
-        clip_tB = self._own_tokens(clip_index(inputs.packs).to(device).t())
+        clip_tB = self._own_tokens(clip_index(inputs.packs, inputs.span).to(device).t())
         lengths = [clip.tokens for pack in inputs.packs for clip in pack.clips]
         tokens = TokenInfo(
             clip_T=clip_tB.reshape(-1),
@@ -141,6 +156,8 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         )
         return Conditioning(
             packs=inputs.packs,
+            span=inputs.span,
+            attend=self._attention(inputs),
             modulation_R6D=modulation_R6D,
             row_tB=row_tB,
             text_LGD=self.text_embedder(inputs.text_GLD),

@@ -1,55 +1,51 @@
-"""Attention within packs on one rank: each clip attends to itself, and to its own caption.
+"""Attention to the captions, on one rank; and attention written out, the slow twin of every fast one.
 
 The segment table is host data, so the loop over clips costs no synchronisation. Tokens of the padding get zeros.
-Context parallelism will bring its own attention; this one needs all tokens of a pack.
+Attention of clips to themselves crosses context-parallel ranks: ``megavid.parallel.context``.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megavid.ops.packs import Pack
+from megavid.ops.packs import Pack, Span, clip_parts
 
 
-def self_attention(q_TBNA: Tensor, k_TBNA: Tensor, v_TBNA: Tensor, packs: tuple[Pack, ...]) -> Tensor:
-    """Bidirectional attention of every clip to itself; [T, B, N, A]."""
+def cross_attention(q_TBNA: Tensor, k_LGNA: Tensor, v_LGNA: Tensor, packs: tuple[Pack, ...], span: Span) -> Tensor:
+    """Attention of every clip to all L tokens of its caption, [T, B, N, A].
 
-    def keys_of(row: int, number: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return k_TBNA[start:stop, row], v_TBNA[start:stop, row]
-
-    return _by_clip(q_TBNA, packs, keys_of)
-
-
-def cross_attention(q_TBNA: Tensor, k_LGNA: Tensor, v_LGNA: Tensor, packs: tuple[Pack, ...]) -> Tensor:
-    """Attention of every clip to all L tokens of its caption (clip number G of the microbatch); [T, B, N, A]."""
-
-    def keys_of(row: int, number: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return k_LGNA[:, number], v_LGNA[:, number]
-
-    return _by_clip(q_TBNA, packs, keys_of)
+    Args:
+        q_TBNA: queries of the tokens of ``span``.
+        k_LGNA: keys of the captions of all G clips of the microbatch.
+        v_LGNA: values, likewise.
+        packs: the segment tables.
+        span: the tokens of every pack that the queries stand for; a clip's tokens attend alike in any of them.
+    """
+    columns: list[list[Tensor]] = [[] for _ in packs]
+    ends = [0] * len(packs)
+    for part in clip_parts(packs, span):
+        if part.tokens == 0:
+            continue
+        query = q_TBNA[part.start : part.stop, part.row]
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, k_LGNA[:, part.number], v_LGNA[:, part.number]))
+        attended = scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1)
+        columns[part.row] += [_zeros(q_TBNA, part.start - ends[part.row]), attended]
+        ends[part.row] = part.stop
+    for column, end in zip(columns, ends, strict=True):
+        column.append(_zeros(q_TBNA, span.tokens - end))
+    out_TBNA = torch.stack([torch.cat(column) for column in columns], dim=1)
+    if not any(ends):
+        # A span of nothing but padding still takes part in the backward pass: its weights must tell the other ranks
+        # that their gradients are complete.
+        out_TBNA = out_TBNA + 0.0 * (q_TBNA.sum() + k_LGNA.sum() + v_LGNA.sum())
+    return out_TBNA
 
 
 def dense_attention(q_nNA: Tensor, k_mNA: Tensor, v_mNA: Tensor) -> Tensor:
-    """Softmax attention written out: the slow twin of what ``_by_clip`` calls; [n, N, A]."""
+    """Softmax attention written out: the slow twin of every fast one; [n, N, A]."""
     scores = torch.einsum("qna,kna->nqk", q_nNA, k_mNA) / q_nNA.shape[-1] ** 0.5
     return torch.einsum("nqk,kna->qna", scores.softmax(dim=-1), v_mNA)
 
 
-def _by_clip(
-    q_TBNA: Tensor, packs: tuple[Pack, ...], keys_of: Callable[[int, int, int, int], tuple[Tensor, Tensor]]
-) -> Tensor:
-    columns, number = [], 0
-    for row, pack in enumerate(packs):
-        parts, end = [], 0
-        for clip in pack.clips:
-            stop = clip.start + clip.tokens
-            keys, values = keys_of(row, number, clip.start, stop)
-            query = q_TBNA[clip.start : stop, row]
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
-            parts.append(scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1))
-            number, end = number + 1, stop
-        parts.append(q_TBNA.new_zeros(pack.tokens - end, *q_TBNA.shape[2:]))
-        columns.append(torch.cat(parts))
-    return torch.stack(columns, dim=1)
+def _zeros(like_TBNA: Tensor, tokens: int) -> Tensor:
+    return like_TBNA.new_zeros(tokens, *like_TBNA.shape[2:])

@@ -35,6 +35,12 @@ def within_top_groups(selection_TE: Tensor, *, num_groups: int, top_groups: int,
     return grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).view(tokens, experts)
 
 
+def round_robin(valid_T: Tensor, *, top_k: int, num_experts: int) -> Tensor:
+    """Expert numbers that give every expert the same load: the next ``top_k`` for each valid token, [T, K] int64."""
+    turn_T = valid_T.cumsum(0) - 1
+    return (turn_T.unsqueeze(1) * top_k + torch.arange(top_k, device=valid_T.device)) % num_experts
+
+
 def gates_of(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
     """Scores of the selected experts, normalised to sum 1 over them, [T, K].
 

@@ -1,10 +1,14 @@
 """Packs and their segment table: clips of any length and resolution, in a fixed number of tokens.
 
 Owns what a microbatch is (host data) and the index tensors that attention, modulation, RoPE and losses derive
-from it. Knows no rank. The padded tail of a pack belongs to no clip (-1) and takes part in nothing.
+from it. Knows no rank: tensors may hold a span of every pack's tokens instead of all, and then a clip may lie partly
+in it or not at all, while the segment tables stay whole. The padded tail of a pack belongs to no clip (-1) and takes
+part in nothing.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,26 +44,93 @@ class Pack:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``start`` to ``stop - 1`` of every pack: those that tensors [B, T, ...] of a microbatch hold."""
+
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each pack in it."""
+        return self.stop - self.start
+
+
+class ClipPart(NamedTuple):
+    """The tokens of one clip that a span holds, possibly none.
+
+    Attributes:
+        number: of the clip in the microbatch, 0 to G-1.
+        row: number of its pack, 0 to B-1.
+        clip: its entry in the segment table.
+        start: first of these tokens, counted in the span.
+        stop: behind the last of them, likewise; equal to ``start`` where the span holds none.
+        first: number of token ``start`` within the clip.
+    """
+
+    number: int
+    row: int
+    clip: Clip
+    start: int
+    stop: int
+    first: int
+
+    @property
+    def here(self) -> tuple[int, slice]:
+        """Index of these tokens in a tensor [B, T, ...] of the span."""
+        return self.row, slice(self.start, self.stop)
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
+
+
+def clip_parts(packs: tuple[Pack, ...], span: Span) -> Iterator[ClipPart]:
+    """What ``span`` holds of each of the G clips, pack after pack."""
+    number = 0
+    for row, pack in enumerate(packs):
+        for clip in pack.clips:
+            low, high = (min(max(at, span.start), span.stop) for at in (clip.start, clip.start + clip.tokens))
+            first = min(max(span.start - clip.start, 0), clip.tokens)
+            yield ClipPart(number, row, clip, low - span.start, high - span.start, first)
+            number += 1
+
+
 @dataclass(frozen=True)
 class LatentBatch:
     """One microbatch of B packs with G clips in all, counted pack after pack.
 
     Attributes:
-        packs: the B segment tables.
+        packs: the B segment tables, of whole packs.
         clean_BTP: clean latents as patches, fp32; P runs over (channel, frame, row, column) of a patch;
             padding is zero.
         text_GLD: text features of each clip, fp32; captions that the run drops are already the empty
             caption's features.
+        start: token of every pack that clean_BTP begins with.
     """
 
     packs: tuple[Pack, ...]
     clean_BTP: Tensor
     text_GLD: Tensor
+    start: int = 0
 
     @property
     def clips(self) -> tuple[Clip, ...]:
         """All G clips, pack after pack."""
         return tuple(clip for pack in self.packs for clip in pack.clips)
+
+    @property
+    def span(self) -> Span:
+        """The tokens that clean_BTP holds."""
+        return Span(self.start, self.start + self.clean_BTP.shape[1])
+
+    def part(self, span: Span) -> "LatentBatch":
+        """The same microbatch with the tensors of ``span`` alone; not a copy."""
+        first = span.start - self.start
+        assert 0 <= first <= first + span.tokens <= self.clean_BTP.shape[1], (span, self.span)
+        return replace(self, clean_BTP=self.clean_BTP[:, first : first + span.tokens], start=span.start)
 
     def to(self, device: torch.device) -> "LatentBatch":
         """The same microbatch with its tensors on ``device``; a copy from pinned memory does not wait for the host."""
@@ -71,31 +142,35 @@ class LatentBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that belong to clips, padding left out."""
+        """Tokens of whole clips, padding left out."""
         return sum(clip.tokens for clip in self.clips)
 
 
-def clip_index(packs: tuple[Pack, ...]) -> Tensor:
-    """Clip (0 to G-1) of every token, [B, T] int64; -1 in the padding."""
-    index_BT = torch.full((len(packs), packs[0].tokens), -1, dtype=torch.int64)
-    number = 0
-    for row, pack in enumerate(packs):
-        for clip in pack.clips:
-            index_BT[row, clip.start : clip.start + clip.tokens] = number
-            number += 1
+def whole(packs: tuple[Pack, ...]) -> Span:
+    """The span of all tokens."""
+    return Span(0, packs[0].tokens)
+
+
+def clip_index(packs: tuple[Pack, ...], span: Span | None = None) -> Tensor:
+    """Clip (0 to G-1) of every token of the span (None: of all), [B, T] int64; -1 in the padding."""
+    span = span or whole(packs)
+    index_BT = torch.full((len(packs), span.tokens), -1, dtype=torch.int64)
+    for part in clip_parts(packs, span):
+        index_BT[part.here] = part.number
     return index_BT
 
 
-def positions(packs: tuple[Pack, ...], frame_rate: float) -> Tensor:
-    """Place of every token on the axes of RoPE, [B, T, 3] fp32: time, row, column; zero in the padding.
+def positions(packs: tuple[Pack, ...], frame_rate: float, span: Span | None = None) -> Tensor:
+    """Place of every token of the span on the axes of RoPE, [B, T, 3] fp32: time, row, column; zero in the padding.
 
     Time counts seconds times ``frame_rate`` (latent frames per second), which is the frame's number at that
     rate (Wan's integer index).
     """
-    place_BT3 = torch.zeros(len(packs), packs[0].tokens, 3)
-    for row, pack in enumerate(packs):
-        for clip in pack.clips:
-            time, y, x = (torch.arange(n, dtype=torch.float32) for n in clip.grid)
-            grid = torch.cartesian_prod(time * (frame_rate / clip.frame_rate), y, x)
-            place_BT3[row, clip.start : clip.start + clip.tokens] = grid
+    span = span or whole(packs)
+    place_BT3 = torch.zeros(len(packs), span.tokens, 3)
+    for part in clip_parts(packs, span):
+        _, rows, columns = part.clip.grid
+        token = torch.arange(part.first, part.first + part.tokens)
+        frame, row, column = token // (rows * columns), token // columns % rows, token % columns
+        place_BT3[part.here] = torch.stack((frame * (frame_rate / part.clip.frame_rate), row, column), dim=-1)
     return place_BT3

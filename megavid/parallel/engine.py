@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megavid.config.schema import RunConfig
 from megavid.ops.philox import key_of, normal_box
+from megavid.ops.regions import in_region
 from megavid.parallel import mcore
 from megavid.parallel.fragment import Box, Fragment
 from megavid.parallel.gradients import GradientFinisher
@@ -129,6 +130,7 @@ class Engine(Generic[Microbatch]):
         """Run every microbatch, of ``pack_shape`` (tokens, packs), forward only; returns as ``forward_backward``."""
         return self._schedule(forward, loss, microbatches, pack_shape, forward_only=True)
 
+    @in_region("schedule")
     def _schedule(
         self,
         forward: Forward[Microbatch],

@@ -1,8 +1,9 @@
 """What happens to gradients between the last backward pass and the optimizer.
 
-megatron-core calls ``finish`` at the end of its schedules. Data-parallel reduction is its own; the two sums over ranks
-that share a parameter are made here from placements, because megatron-core's own way of keeping embedders on every
-pipeline stage counts the copies in the norm and, with a sharded optimizer, sums too late (0.16.1 and 0.19.2).
+megatron-core calls ``finish`` at the end of its schedules. The sum over data-parallel and context-parallel ranks, one
+group to it, is its own (expert gradients: over the ranks that hold the same shard). The two sums over ranks that share
+a parameter are made here from placements, because megatron-core's own way of keeping embedders on every pipeline stage
+counts the copies in the norm and, with a sharded optimizer, sums too late (0.16.1 and 0.19.2).
 """
 
 from collections.abc import Iterable
@@ -12,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavid.ops.regions import in_region
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.placement import placement_of
 
 
 class GradientFinisher:
-    """Reduces gradients over data-parallel ranks, then over the ranks that hold parts of one parameter's gradient."""
+    """Reduces gradients over data- and context-parallel ranks, then over those that hold parts of one gradient."""
 
     def __init__(self, chunks: list[Any], mesh: Mesh) -> None:
         self.chunks, self.mesh = chunks, mesh
@@ -26,6 +28,7 @@ class GradientFinisher:
         # Chunk after chunk, in the order of their modules, which is the same on every stage.
         self.replicated = [[p for p in chunk if placement_of(p).is_on_every_stage] for chunk in parameters]
 
+    @in_region("gradients")
     def finish(self, *_: Any, **__: Any) -> None:
         """Signature of megatron-core's ``finalize_model_grads_func``; its arguments are not needed here.
 

@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavid.ops.packs import Span
 from megavid.parallel import cpu, mcore
+from megavid.parallel.context.groups import ContextGroups, open_context_groups
+from megavid.parallel.context.layout import CPLayout
 from megavid.plan.layout import Layout
 
 Axis = Literal["tp", "cp", "dp", "pp", "ep", "etp", "edp", "dp_cp", "tp_cp", "tp_dp_cp", "tp_ep", "world"]
@@ -28,6 +31,7 @@ class Mesh:
     device: torch.device
     groups: Any  # megatron-core's ProcessGroupCollection, which has no type stubs
     coordinates: dict[str, int] = field(default_factory=dict)
+    context: ContextGroups = field(default_factory=ContextGroups)
 
     @classmethod
     @contextmanager
@@ -45,9 +49,11 @@ class Mesh:
         rank = dist.get_rank()
         target = torch.device("cpu") if device == "cpu" else torch.device("cuda", torch.cuda.current_device())
         groups = mcore.open_groups(layout, seed=seed)
+        context = open_context_groups(layout, rank, groups.cp)
         try:
-            yield cls(layout, rank, target, groups, layout.coordinates(rank))
+            yield cls(layout, rank, target, groups, layout.coordinates(rank), context)
         finally:
+            context.close()
             mcore.close_groups()
 
     @property
@@ -122,6 +128,26 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=source)
         return box[0]
+
+    def cp_layout(self, pack_tokens: int) -> CPLayout:
+        """Which tokens of a pack stand on which context-parallel rank: equal runs, in order.
+
+        Sequence parallelism, inside the model, cuts a rank's tokens once more between tensor-parallel blocks.
+        """
+        return CPLayout.contiguous(pack_tokens, self.context)
+
+    def token_span(self, pack_tokens: int) -> Span:
+        """This rank's tokens of every pack."""
+        return self.cp_layout(pack_tokens).span
+
+    def gather_tokens(self, x_BTx: Tensor) -> Tensor:
+        """All tokens of every pack, [B, T, ...], from those of each context-parallel rank's span; without gradient."""
+        if self.size("cp") == 1:
+            return x_BTx
+        mine = x_BTx.detach().to(self.device).transpose(0, 1).contiguous()
+        whole = mine.new_empty(self.size("cp") * mine.shape[0], *mine.shape[1:])
+        dist.all_gather_into_tensor(whole, mine, group=self.group("cp"))
+        return whole.transpose(0, 1).to(x_BTx.device)
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -33,7 +33,8 @@ def first_bad_part(engine: Engine[Any], objective: Objective, microbatches: Sequ
             handles.append(part.register_forward_hook(_watch(found, order, name)))
     try:
         for batch in microbatches:
-            velocity_of(engine, objective.noise(batch.to(engine.mesh.device)).input)
+            span = engine.mesh.token_span(batch.packs[0].tokens)
+            velocity_of(engine, objective.noise(batch.part(span).to(engine.mesh.device)).input)
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ from torch import Tensor
 from megavid.diffusion.objective import ClipLosses, Noised
 from megavid.models.moe.stats import RoutingStats, update_expert_bias_
 from megavid.ops.packs import LatentBatch
+from megavid.ops.regions import in_region, region
 from megavid.parallel.engine import Engine
 from megavid.parallel.gradients import gradient_of
 from megavid.parallel.placement import placement_of
@@ -28,7 +29,7 @@ class Objective(Protocol):
         """Noised inputs and the target of a batch."""
 
     def loss(self, velocity_BTP: Tensor, noised: Noised) -> ClipLosses:
-        """Sums of squared errors, by clip."""
+        """Sums of squared errors over the tokens of the batch's span, by clip."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def train_step(
 ) -> StepMetrics:
     """Take one optimizer step on this rank's ``microbatches`` of the global batch.
 
-    Ranks: collective; every rank of one model replica has the same microbatches.
+    Ranks: collective; every rank of one model replica has the same microbatches, of which it moves only its own span
+    of the tokens to the device.
     """
     mesh, device = engine.mesh, engine.mesh.device
     model = engine.config.model
@@ -65,17 +67,22 @@ def train_step(
         dtype=torch.float64,
         device=device,
     )
-    elements, clips = mesh.sum(local, over="dp").tolist()
+    with region("statistics"):
+        elements, clips = mesh.sum(local, over="dp").tolist()
 
     def forward(chunk: Any, noised: Noised) -> Tensor:
         result: Tensor = chunk(noised.input, aux_scale=1.0 / clips)
         return result
 
     def loss_of(noised: Noised, velocity_BTP: Tensor) -> tuple[Tensor, Tensor]:
-        part = objective.loss(velocity_BTP, noised).sum_G.sum() / elements
+        with region("loss"):
+            part = objective.loss(velocity_BTP, noised).sum_G.sum() / elements
         return part, part.detach().clone()  # the schedule divides the first in place
 
-    parts = engine.forward_backward(forward, loss_of, [objective.noise(batch.to(device)) for batch in microbatches])
+    span = mesh.token_span(engine.config.data.pack_tokens)
+    with region("noise"):
+        noised_batches = [objective.noise(batch.part(span).to(device)) for batch in microbatches]
+    parts = engine.forward_backward(forward, loss_of, noised_batches)
     loss = _global_loss(engine, parts)
     norm = engine.updates.gradient_norm()
     finite = math.isfinite(loss) and math.isfinite(norm)
@@ -89,15 +96,17 @@ def train_step(
     return StepMetrics(loss, norm, finite, routing, culprit)
 
 
+@in_region("statistics")
 def _global_loss(engine: "Engine[Any]", parts: list[Tensor]) -> float:
     total = torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
     for part in parts:
         total = total + part.double()
-    for axis in ("dp", "pp"):  # only the last stage has parts; its tensor-parallel ranks all have the same
+    for axis in ("dp_cp", "pp"):  # only the last stage has parts; its tensor-parallel ranks all have the same
         total = engine.mesh.sum(total, over=axis)
     return float(total)
 
 
+@in_region("statistics")
 def _global_routing(engine: "Engine[Any]") -> dict[int, RoutingStats]:
     """Statistics of this rank's layers, summed over the ranks that hold other tokens."""
     summed = {}
@@ -115,6 +124,7 @@ def _global_routing(engine: "Engine[Any]") -> dict[int, RoutingStats]:
     return summed
 
 
+@in_region("optimizer")
 def _update_router_bias(engine: "Engine[Any]", routing: dict[int, RoutingStats]) -> None:
     rate = engine.config.model.moe.bias_update_rate
     for chunk in engine.chunks:

@@ -71,7 +71,8 @@ def sample_latents(
         ValueError: the patch does not divide them.
 
     Ranks: collective. In each round every data-parallel rank takes one prompt; a rank without one repeats the last,
-    since ranks that share experts run every forward pass together.
+    since ranks that share experts run every forward pass together. Context-parallel ranks carry their span of the
+    tokens through all steps and put the clip together once, at the end.
     """
     mesh, model = engine.mesh, engine.config.model
     dp, mine = mesh.size("dp"), mesh.coordinate("dp")
@@ -114,12 +115,15 @@ def prompt_packs(
     tokens: int,
     guidance: float,
 ) -> PromptPacks:
-    """One prompt as packs of the fewest tokens that hold a clip of ``tokens`` (and its twin) and fit the layout."""
-    text_GLD = encode(kit.text_encoder, [prompt.text, ""]).to(engine.mesh.device)
-    layout = engine.mesh.layout
-    unit = layout.tp * layout.cp
-    pack_tokens = -(-tokens * (1 if guidance == 1 else 2) // unit) * unit
-    return pack_prompts(
+    """One prompt in a pack (with guidance two) of the fewest tokens that hold a clip of ``tokens`` and fit the layout.
+
+    States hold this rank's span of them.
+    """
+    mesh = engine.mesh
+    text_GLD = encode(kit.text_encoder, [prompt.text, ""]).to(mesh.device)
+    unit = mesh.layout.tp * mesh.layout.cp
+    pack_tokens = -(-tokens // unit) * unit
+    packs = pack_prompts(
         text_GLD[:1],
         text_GLD[1],
         grids=[grid],
@@ -128,6 +132,7 @@ def prompt_packs(
         guidance=guidance,
         first_number=number,
     )
+    return packs.within(mesh.token_span(pack_tokens))
 
 
 def encode(text_encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
@@ -152,7 +157,7 @@ def _solve(engine: Engine[Any], packs: PromptPacks, settings: SamplerSettings, o
         kind=settings.kind,
         on_step=lambda done, total: on_step(),
     )
-    return packs.clips_of(clean_BTP)[0]
+    return packs.clips_of(engine.mesh.gather_tokens(clean_BTP))[0]
 
 
 def decode(tokenizer: VideoTokenizer, latents: Sequence[Tensor]) -> list[Frames]:

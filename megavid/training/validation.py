@@ -41,22 +41,24 @@ def validation_loss(
         on_batch: called after each forward pass.
 
     Ranks: collective. Each data-parallel rank takes every dp-th batch; a rank that has run out repeats the last one
-    with weight 0, because ranks that share experts run every forward pass together.
+    with weight 0, because ranks that share experts run every forward pass together. Context-parallel ranks each take
+    their span of the tokens.
     """
     mesh, objective = engine.mesh, ValidationObjective()
     dp, mine = mesh.size("dp"), mesh.coordinate("dp")
     sums = torch.zeros(2, NOISE_BUCKETS, dtype=torch.float64)
     for first in range(0, len(batches), dp):
         number = first + mine
-        batch = batches[min(number, len(batches) - 1)].to(mesh.device)
-        noised = objective.noise(batch)
+        batch = batches[min(number, len(batches) - 1)]
+        noised = objective.noise(batch.part(mesh.token_span(batch.packs[0].tokens)).to(mesh.device))
         losses = objective.loss(velocity_of(engine, noised.input), noised)
         if number < len(batches):
             bucket_G = noise_bucket(noised.sigma_G).cpu()
             sums[0].index_add_(0, bucket_G, losses.sum_G.double().cpu())
-            sums[1].index_add_(0, bucket_G, losses.elements_G.double().cpu())
+            if mesh.coordinate("cp") == 0:  # each rank counts the numbers of whole clips
+                sums[1].index_add_(0, bucket_G, losses.elements_G.double().cpu())
         on_batch()
-    errors_Q, elements_Q = mesh.sum(sums.to(mesh.device), over="dp").cpu()
+    errors_Q, elements_Q = mesh.sum(sums.to(mesh.device), over="dp_cp").cpu()
     by_noise = tuple(
         error / elements if elements else None
         for error, elements in zip(errors_Q.tolist(), elements_Q.tolist(), strict=True)

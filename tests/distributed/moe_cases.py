@@ -75,6 +75,7 @@ def build(case: Case, mesh: Mesh) -> VideoMoELayer:
         moe_router_pre_softmax=True,  # otherwise top_k = 1 is refused; megavid brings its own routers
         moe_router_dtype="fp32",
         tensor_model_parallel_size=layout.tp,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
@@ -92,7 +93,7 @@ def build(case: Case, mesh: Mesh) -> VideoMoELayer:
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's tokens: some packs of the data-parallel axis, some tokens of the tensor-parallel axis."""
+    """This rank's tokens: some packs of the data-parallel axis, some tokens of context and tensor axes."""
 
     hidden_tBD: Tensor
     cotangent_tBD: Tensor
@@ -105,8 +106,9 @@ class Share:
     def of(cls, case: Case, mesh: Mesh) -> "Share":
         packs_here, dp = PACKS // mesh.size("dp"), mesh.coordinate("dp")
         packs = slice(dp * packs_here, (dp + 1) * packs_here)
-        parts = mesh.size("tp") if mesh.is_sequence_parallel else 1
-        part = mesh.coordinate("tp") if parts > 1 else 0
+        tp = mesh.size("tp") if mesh.is_sequence_parallel else 1
+        parts = mesh.size("cp") * tp
+        part = mesh.coordinate("cp") * tp + (mesh.coordinate("tp") if tp > 1 else 0)
         tokens = slice(part * TOKENS // parts, (part + 1) * TOKENS // parts)
         clip_TB = CLIPS_TB[:, packs]
         first = int(clip_TB[clip_TB >= 0].min())
@@ -161,9 +163,8 @@ def layer_equals_twin(case: Case, mesh: Mesh) -> None:
 
 def whole_batch(tensor: Tensor, mesh: Mesh) -> Tensor:
     """Sum over the ranks that hold different tokens."""
-    return (
-        mesh.sum(mesh.sum(tensor, over="dp"), over="tp") if mesh.is_sequence_parallel else mesh.sum(tensor, over="dp")
-    )
+    tensor = mesh.sum(tensor, over="dp_cp")
+    return mesh.sum(tensor, over="tp") if mesh.is_sequence_parallel else tensor
 
 
 def compare_gradient(parameter: nn.Parameter, twin: Twin, mesh: Mesh, tolerance: float) -> None:
@@ -173,7 +174,7 @@ def compare_gradient(parameter: nn.Parameter, twin: Twin, mesh: Mesh, tolerance:
     if placement.is_expert:
         grad = mesh.sum(grad, over="edp")
     else:
-        grad = mesh.sum(grad, over="dp")
+        grad = mesh.sum(grad, over="dp_cp")
         if placement.is_partial_over_tp:
             grad = mesh.sum(grad, over="tp")
     for piece in placement.pieces:
@@ -257,12 +258,16 @@ LAYOUTS = {
         "tp2": Layout(tp=2, edp=2, sequence=True),
         "tp2_ep2": Layout(tp=2, ep=2, sequence=True),
         "tp2_etp2": Layout(tp=2, etp=2, sequence=True),
+        "cp2": Layout(cp=2, edp=2),
+        "cp2_ep2": Layout(cp=2, ep=2),
     },
     4: {
         "ep4": Layout(dp=4, ep=4),
         "ep2_etp2": Layout(dp=4, ep=2, etp=2),
         "tp2_ep2_edp2": Layout(tp=2, dp=2, ep=2, edp=2, sequence=True),
         "tp2_ep2_etp2": Layout(tp=2, dp=2, ep=2, etp=2, sequence=True),
+        "tp2_cp2_ep2_etp2": Layout(tp=2, cp=2, ep=2, etp=2, sequence=True),
+        "cp2_dp2_ep4": Layout(cp=2, dp=2, ep=4),
     },
     8: {"tp2_dp4_ep2_etp2_edp2": Layout(tp=2, dp=4, ep=2, etp=2, edp=2, sequence=True)},
 }

@@ -30,6 +30,16 @@ DENSE = {
     "full recompute": (1, {"recompute": "full"}),
     "selective recompute": (1, {"recompute": "selective"}),
     "overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "cp2": (2, {"context": 2}),
+    "cp2 tp2 without sp": (4, {"context": 2, "tensor": 2, "sequence": False}),
+    "cp2 pp2 vpp2": (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    "cp3 full recompute": (3, {"context": 3, "recompute": "full"}),
+    "cp4 ring": (4, {"context": 4, "context_strategy": "ring"}),
+    "cp4 hybrid selective": (4, {"context": 4, "context_strategy": "hybrid", "recompute": "selective"}),
+    "cp4 allgather selective": (4, {"context": 4, "context_strategy": "allgather", "recompute": "selective"}),
+    "cp8 overlap": (8, {"context": 8, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "cp2, one clip in a pack": (2, {"context": 2, "pack_tokens": 48}),
+    "cp3 selective, one clip in a pack": (3, {"context": 3, "recompute": "selective", "pack_tokens": 48}),
 }
 MOE = {
     "microbatch2": (1, {"micro": 2}),
@@ -52,6 +62,14 @@ MOE = {
     "tp2 ep2 selective": (2, {"tensor": 2, "expert": 2, "recompute": "selective"}),
     "tp2 pp2 ep2": (8, {"tensor": 2, "pipeline": 2, "expert": 2}),
     "tp2 pp2 vpp2 ep4": (8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 4}),
+    "cp2 microbatch2": (2, {"context": 2, "micro": 2}),
+    "cp3": (3, {"context": 3}),
+    "cp4 ep2 selective": (4, {"context": 4, "expert": 2, "recompute": "selective"}),
+    "cp4, one clip in a pack": (4, {"context": 4, "pack_tokens": 48}),
+    "cp2 tp2": (4, {"context": 2, "tensor": 2}),
+    "cp2 pp2 ep2": (4, {"context": 2, "pipeline": 2, "expert": 2}),
+    "cp2 pp2 vpp2 dp2 ep2": (8, {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2}),
+    "cp2 tp2 dp2 ep4 etp2": (8, {"context": 2, "tensor": 2, "expert": 4, "expert_tensor": 2}),
 }
 ROUTERS = {
     "softmax": {"router": "softmax", "aux_loss_weight": 0.1, "z_loss_weight": 1e-2},
@@ -61,21 +79,25 @@ ROUTERS = {
 ROUTER_LAYOUTS = {
     "tp2 ep2": (2, {"tensor": 2, "expert": 2}),
     "dp2 pp2 microbatch2": (4, {"pipeline": 2, "micro": 2}),
+    "cp2 ep2 microbatch2": (2, {"context": 2, "expert": 2, "micro": 2}),
+    "cp2 tp2 ep2": (4, {"context": 2, "tensor": 2, "expert": 2}),
 }
 REFERENCES: dict[str, Any] = {}
 
 
-def reference(pool: RankPool, family: str, router: str = "") -> Any:
-    """One rank, one pack at a time; run once for each model."""
-    key = f"{family} {router}"
+def reference(pool: RankPool, family: str, router: str, pack_tokens: int) -> Any:
+    """One rank, one pack at a time; run once for each model and length of packs."""
+    key = f"{family} {router} {pack_tokens}"
     if key not in REFERENCES:
-        REFERENCES[key] = pool.run(1, train, tiny_config(family, moe=ROUTERS.get(router)), 1)[0]
+        config = tiny_config(family, moe=ROUTERS.get(router), pack_tokens=pack_tokens)
+        REFERENCES[key] = pool.run(1, train, config, 1)[0]
     return REFERENCES[key]
 
 
 def check(pool: RankPool, family: str, world: int, options: dict[str, Any], router: str = "") -> None:
-    want = reference(pool, family, router)
-    got = pool.run(world, train, tiny_config(family, moe=ROUTERS.get(router), **options), world)
+    config = tiny_config(family, moe=ROUTERS.get(router), **options)
+    want = reference(pool, family, router, config.data.pack_tokens)
+    got = pool.run(world, train, config, world)
     for rank, told in enumerate(got):
         assert told["loss"] == pytest.approx(want["loss"], rel=tolerance.LOSS_FP32), f"rank {rank}"
         assert told["norm"] == pytest.approx(want["norm"], rel=tolerance.GRAD_NORM_FP32), f"rank {rank}"
@@ -116,7 +138,7 @@ def test_every_router_keeps_law_1(pool: RankPool, router: str, name: str) -> Non
     check(pool, "wan_moe", *ROUTER_LAYOUTS[name], router)
 
 
-@pytest.mark.parametrize("name", ["tp2", "pp2 vpp2", "ep2", "tp2 pp2 ep2"])
+@pytest.mark.parametrize("name", ["tp2", "pp2 vpp2", "ep2", "tp2 pp2 ep2", "cp3", "cp2 tp2"])
 def test_bf16_layouts_differ_no_more_than_orders_of_summation(pool: RankPool, name: str) -> None:
     orders = [bf16_losses(pool, 1, {}, parts) for parts in (1, 2, 3, 4)]
     spread = max(abs(a - b) / a for row in zip(*orders) for a in row for b in row)

@@ -16,7 +16,7 @@ from megavid.models.build import Build
 from megavid.models.inputs import ModelInput
 from megavid.models.transformer import transformer_config
 from megavid.models.video_dit import VideoTransformer, build_chunks
-from megavid.ops.packs import clip_index
+from megavid.ops.packs import Span, clip_index
 from megavid.ops.philox import key_of, normal
 from megavid.parallel import mcore
 from megavid.parallel.mesh import Mesh
@@ -41,8 +41,8 @@ def window(piece: Piece) -> tuple[slice, ...]:
     return tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shape))
 
 
-def inputs_of(config: Any) -> ModelInput:
-    noised = FlowObjective(config.diffusion, 1).noise(packs_of(config, range(2))).input
+def inputs_of(config: Any, span: Span) -> ModelInput:
+    noised = FlowObjective(config.diffusion, 1).noise(packs_of(config, range(2)).part(span)).input
     return replace(noised, patches_BTP=noised.patches_BTP.double(), text_GLD=noised.text_GLD.double())
 
 
@@ -57,18 +57,22 @@ def run_sharded(config: Any, world: int) -> dict[str, Any]:
             for piece in placement_of(parameter).pieces:
                 part = whole(piece)[window(piece)].reshape(-1)
                 flat[piece.start : piece.start + part.numel()] = part
-        inputs = inputs_of(config)
+        tokens = config.data.pack_tokens
+        span = mesh.token_span(tokens)
+        inputs = inputs_of(config, span)
         inputs.patches_BTP.requires_grad_()
         velocity = model(inputs)
-        velocity.backward(probe(velocity) * valid_of(inputs))
+        velocity.backward(probe(velocity, tokens)[:, span.start : span.stop] * valid_of(inputs))
         patches_grad = inputs.patches_BTP.grad
         assert patches_grad is not None
         if mesh.is_sequence_parallel:  # each rank embeds its own tokens
             patches_grad = mesh.sum(patches_grad, over="tp")
+        velocity, patches_grad = mesh.gather_tokens(velocity), mesh.gather_tokens(patches_grad)
         weights = {}
         for parameter in model.parameters():
             gradient = parameter.grad
             assert gradient is not None
+            gradient = mesh.sum(gradient, over="dp_cp")
             if placement_of(parameter).is_partial_over_tp:
                 gradient = mesh.sum(gradient, over="tp")
             for piece in placement_of(parameter).pieces:
@@ -78,14 +82,15 @@ def run_sharded(config: Any, world: int) -> dict[str, Any]:
     return {"velocity": velocity.detach(), "patches": patches_grad, "weights": weights}
 
 
-def probe(velocity: Tensor) -> Tensor:
-    """Fixed weights of a scalar loss, so that the gradient is not symmetric."""
-    return normal(key_of("probe"), 0, velocity.numel()).double().view_as(velocity)
+def probe(velocity: Tensor, tokens: int) -> Tensor:
+    """Fixed weights of a scalar loss, so that the gradient is not symmetric; of packs of so many tokens."""
+    shape = (velocity.shape[0], tokens, velocity.shape[2])
+    return normal(key_of("probe"), 0, torch.Size(shape).numel()).double().view(shape)
 
 
 def valid_of(inputs: ModelInput) -> Tensor:
     """1 for tokens of clips, 0 in the padding; [B, T, 1]."""
-    return (clip_index(inputs.packs) >= 0).double().unsqueeze(-1)
+    return (clip_index(inputs.packs, inputs.span) >= 0).double().unsqueeze(-1)
 
 
 def close(got: Tensor, want: Tensor, name: str) -> None:
@@ -100,13 +105,17 @@ LAYOUTS = {
     "tp4": (4, {"tensor": 4}),
     "tp2 full recompute": (2, {"tensor": 2, "recompute": "full"}),
     "tp2 selective recompute": (2, {"tensor": 2, "recompute": "selective"}),
+    "cp2": (2, {"context": 2}),
+    "cp3 selective recompute": (3, {"context": 3, "recompute": "selective"}),
+    "cp4": (4, {"context": 4}),
+    "cp2 tp2 full recompute": (4, {"context": 2, "tensor": 2, "recompute": "full"}),
 }
 
 
 @pytest.fixture(scope="module")
 def twin() -> dict[str, Any]:
     config = tiny_config("wan")
-    inputs = inputs_of(config)
+    inputs = inputs_of(config, Span(0, config.data.pack_tokens))
     inputs.patches_BTP.requires_grad_()
     weights = {
         tensor.name: whole(Piece(tensor.name, tensor.shape, (), ())).requires_grad_()
@@ -114,7 +123,7 @@ def twin() -> dict[str, Any]:
     }
     velocity = plain_wan.velocity(config.model, weights, inputs)
     valid = valid_of(inputs)
-    velocity.backward(probe(velocity) * valid)
+    velocity.backward(probe(velocity, config.data.pack_tokens) * valid)
     return {"velocity": velocity.detach(), "patches": inputs.patches_BTP.grad, "weights": weights, "valid": valid}
 
 

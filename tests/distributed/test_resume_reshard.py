@@ -24,6 +24,8 @@ TARGETS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 etp2": (2, {"tensor": 2, "expert_tensor": 2}),
     "dp2 pp2 vpp2": (4, {"pipeline": 2, "virtual_pipeline": 2}),
     "tp2 pp2 vpp2 ep4": (8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 4}),
+    "cp3": (3, {"context": 3}),
+    "cp2 tp2 ep4": (4, {"context": 2, "tensor": 2, "expert": 4}),
 }
 SAVED: dict[str, Any] = {}
 

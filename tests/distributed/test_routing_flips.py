@@ -6,10 +6,12 @@ gap without a flip before it would be an error of the engine, not of rounding.
 
 from typing import Any
 
+import pytest
 import torch
 
 from megavid.models.moe.layer import VideoMoELayer
 from megavid.models.runner import build_engine
+from megavid.ops import moe_math
 from megavid.parallel.mesh import Mesh
 from megavid.plan.layout import layout_of
 from tests.support import tolerance
@@ -53,6 +55,34 @@ def whole_packs(ranks: list[Decisions]) -> dict[tuple[int, int], torch.Tensor]:
         for (layer, pack, first), map_TE in decisions.items():
             parts.setdefault((layer, pack), {})[first] = map_TE
     return {key: torch.cat([part for _, part in sorted(found.items())]) for key, found in parts.items()}
+
+
+def least_margin(config: Any) -> float:
+    """Job: over three steps on one rank, the least gap between the last expert chosen and the first one not."""
+    margins, original = [], moe_math.top_experts
+
+    def spy(selection_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+        ranked_TE = selection_TE.detach().sort(-1, descending=True).values
+        margins.append((ranked_TE[:, top_k - 1] - ranked_TE[:, top_k]).min().item())
+        return original(selection_TE, top_k)
+
+    moe_math.top_experts = spy
+    try:
+        with Mesh.open(layout_of(config, 1)) as mesh:
+            engine = build_engine(config, mesh)
+            initialize(engine)
+            for step in range(3):
+                take_step(engine, step)
+    finally:
+        moe_math.top_experts = original
+    return min(margins)
+
+
+@pytest.mark.parametrize(("router", "pack_tokens"), [("sigmoid", 96), ("sigmoid", 48), ("softmax", 96)])
+def test_no_decision_of_the_packs_of_other_tests_is_near_a_tie(pool: RankPool, router: str, pack_tokens: int) -> None:
+    """Were one, layouts would part after it, and the tests of law 1 over three steps would fail for that alone."""
+    config = tiny_config(moe={"router": router}, pack_tokens=pack_tokens)
+    assert pool.run(1, least_margin, config)[0] > 2e-5
 
 
 def test_losses_part_only_after_a_routing_decision_flips(pool: RankPool) -> None:

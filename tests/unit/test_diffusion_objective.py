@@ -5,7 +5,7 @@ import torch
 
 from megavid.config.schema import DiffusionConfig
 from megavid.diffusion.objective import FlowObjective, ValidationObjective
-from megavid.ops.packs import Clip, LatentBatch, Pack, clip_index
+from megavid.ops.packs import Clip, LatentBatch, Pack, Span, clip_index
 from megavid.ops.philox import key_of, normal
 
 P = 6
@@ -76,6 +76,27 @@ def test_a_clip_is_noised_alike_in_any_pack_row_position_and_microbatch(objectiv
             values += (noised.sigma_G[number], losses.sum_G[number])
             for value, before in zip(values, seen.setdefault(one.draw, values)):
                 assert torch.equal(value, before)
+
+
+def test_spans_of_a_batch_are_noised_alike_and_their_losses_add_up(objective):
+    batch = batch_of((clip(7, 0), clip(8, 14, (1, 2, 2))), (clip(9, 5), clip(10, 20)))
+    noised = objective.noise(batch)
+    error_BTP = torch.randn_like(noised.target_BTP)
+    want = objective.loss(noised.target_BTP + error_BTP, noised)
+    sums = []
+    for start, stop in ((0, 3), (3, 3), (3, 18), (18, 28), (28, 32)):
+        part = objective.noise(batch.part(Span(start, stop)))
+        assert part.input.span == Span(start, stop)
+        for name in ("patches_BTP", "row_BT"):
+            assert torch.equal(getattr(part.input, name), getattr(noised.input, name)[:, start:stop])
+        assert torch.equal(part.target_BTP, noised.target_BTP[:, start:stop])
+        assert torch.equal(part.valid_BT, noised.valid_BT[:, start:stop])
+        assert torch.equal(part.sigma_G, noised.sigma_G)
+        losses = objective.loss(part.target_BTP + error_BTP[:, start:stop], part)
+        assert torch.equal(losses.elements_G, want.elements_G)
+        sums.append(losses.sum_G)
+    torch.testing.assert_close(torch.stack(sums).sum(0), want.sum_G)
+    assert (torch.stack(sums) == 0).any()  # some span has nothing of some clip
 
 
 def test_draws_and_seeds_differ_from_each_other(objective):

@@ -9,7 +9,7 @@ from megavid.diffusion.guidance import pack_prompts
 from megavid.diffusion.samplers import UniPCSolver, integrate, sample
 from megavid.diffusion.timesteps import sigma_schedule
 from megavid.errors import ConfigError
-from megavid.ops.packs import clip_index
+from megavid.ops.packs import Span, clip_index
 from megavid.ops.philox import key_of, normal
 
 MEAN, STD = 1.5, 0.3
@@ -121,7 +121,7 @@ def prompts_of(guidance, pack_tokens=12, **kwargs):
 
 def text_velocity(model_input):
     """A stand-in for a model: the velocity of each token is its clip's text feature, 7 in the padding."""
-    clip_BT = clip_index(model_input.packs)
+    clip_BT = clip_index(model_input.packs, model_input.span)
     value_BT = model_input.text_GLD[:, 0, 0][clip_BT.clamp(min=0)].masked_fill(clip_BT < 0, 7.0)
     return value_BT.unsqueeze(-1).expand_as(model_input.patches_BTP)
 
@@ -129,11 +129,11 @@ def text_velocity(model_input):
 def test_prompts_are_laid_out_in_order_in_packs_of_one_size():
     plain, guided = prompts_of(1.0), prompts_of(4.0)
     assert [[clip.draw for clip in pack.clips] for pack in plain.packs] == [[0, 1], [2]]
-    assert [[clip.draw for clip in pack.clips] for pack in guided.packs] == [[0], [0, 1], [1, 2], [2]]
+    assert [[clip.draw for clip in pack.clips] for pack in guided.packs] == [[0, 1], [0, 1], [2], [2]]
     assert plain.text_GLD.flatten().tolist() == [1, 2, 3]
-    assert guided.text_GLD.flatten().tolist() == [1, 0, 2, 0, 3, 0]
+    assert guided.text_GLD.flatten().tolist() == [1, 2, 0, 0, 3, 0]
     assert all(pack.tokens == 12 for pack in guided.packs)
-    assert [clip.start for pack in guided.packs for clip in pack.clips] == [0, 0, 8, 0, 4, 0]
+    assert [clip.start for pack in guided.packs for clip in pack.clips] == [0, 8, 0, 8, 0, 0]
 
 
 def test_guidance_goes_from_the_empty_caption_past_the_prompt():
@@ -148,15 +148,29 @@ def test_guidance_goes_from_the_empty_caption_past_the_prompt():
 def test_both_clips_of_a_prompt_hold_the_same_state_all_the_way():
     prompts = prompts_of(3.0, pack_tokens=48)
     noise_BTP = prompts.start_noise(2, seed=5)
-    assert torch.equal(noise_BTP[0, :8], noise_BTP[0, 8:16])
+    assert torch.equal(noise_BTP[0], noise_BTP[1])
     clean_BTP = sample(
         lambda model_input: text_velocity(model_input) + model_input.patches_BTP,
         prompts,
         noise_BTP,
         sigma_schedule(6, shift=3.0),
     )
-    assert torch.equal(clean_BTP[0, :8], clean_BTP[0, 8:16])
-    assert not clean_BTP[0, 40:].any()
+    assert torch.equal(clean_BTP[0], clean_BTP[1])
+    assert clean_BTP[0, :20].all()
+    assert not clean_BTP[0, 20:].any()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_spans_of_the_tokens_are_sampled_alone_and_make_up_the_whole(guidance):
+    prompts = prompts_of(guidance, pack_tokens=24)
+    sigmas = sigma_schedule(5, shift=2.0)
+
+    def sampled(span):
+        part = prompts.within(span)
+        return sample(lambda x: text_velocity(x) + x.patches_BTP, part, part.start_noise(2, seed=5), sigmas)
+
+    parts = [sampled(Span(start, stop)) for start, stop in ((0, 7), (7, 7), (7, 21), (21, 24))]
+    assert torch.equal(torch.cat(parts, dim=1), sampled(Span(0, 24)))
 
 
 @pytest.mark.parametrize("kind", ["euler", "unipc"])

@@ -145,10 +145,11 @@ def test_recording_changes_no_loss_and_keeps_each_clips_own() -> None:
     velocity = torch.zeros_like(noised.target_BTP)
     losses = recording.loss(velocity, noised)
     assert torch.equal(losses.sum_G, plain.loss(velocity, plain.noise(batch)).sum_G)
-    found = recording.take()
+    mesh: Any = OneRank()
+    found = recording.take(mesh)
     assert [(clip.sample, clip.draw) for clip in found] == [(3, 10), (5, 11)]
     assert [clip.loss for clip in found] == pytest.approx((losses.sum_G / losses.elements_G).tolist())
-    assert recording.take() == ()
+    assert recording.take(mesh) == ()
 
 
 def test_worst_samples_name_each_clip_once() -> None:

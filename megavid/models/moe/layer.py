@@ -16,6 +16,7 @@ from megavid.models.moe.router import Router
 from megavid.models.moe.shared import SharedExpert
 from megavid.models.moe.stats import RoutingStats, routing_stats
 from megavid.models.moe.tokens import TokenInfo
+from megavid.ops.regions import region
 from megavid.parallel import mcore
 from megavid.parallel.placement import Init, Piece, Placement, place
 from megavid.plan.layout import Layout
@@ -63,13 +64,15 @@ class VideoMoELayer(nn.Module):
         return out_tBD, routing_stats(routing, info)
 
     def _routed(self, hidden_tBD: Tensor, map_TE: Tensor, probs_TE: Tensor) -> Tensor:
-        rows, probs = self.dispatcher.dispatch_preprocess(hidden_tBD, map_TE, probs_TE)
-        rows, probs = self.dispatcher.token_dispatch(rows, probs)
-        rows_SD, tokens_per_expert, probs_S = self.dispatcher.dispatch_postprocess(rows, probs)
+        with region("dispatch"):
+            rows, probs = self.dispatcher.dispatch_preprocess(hidden_tBD, map_TE, probs_TE)
+            rows, probs = self.dispatcher.token_dispatch(rows, probs)
+            rows_SD, tokens_per_expert, probs_S = self.dispatcher.dispatch_postprocess(rows, probs)
         out_SD, _ = self.experts(rows_SD, tokens_per_expert, probs_S)
-        out = self.dispatcher.combine_preprocess(out_SD)
-        out = self.dispatcher.token_combine(out)
-        out_tBD: Tensor = self.dispatcher.combine_postprocess(out)
+        with region("dispatch"):
+            out = self.dispatcher.combine_preprocess(out_SD)
+            out = self.dispatcher.token_combine(out)
+            out_tBD: Tensor = self.dispatcher.combine_postprocess(out)
         return out_tBD
 
     def _shared(self, hidden_tBD: Tensor) -> Tensor | None:

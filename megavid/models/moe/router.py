@@ -67,6 +67,9 @@ class Router(nn.Module):
         # Megatron-core's own expert bias is off: this one moves after the decision whether a step counts.
         bias = torch.zeros(moe.num_experts, dtype=torch.float32, device=weight.device)
         self.register_buffer("expert_bias", bias if moe.router == "sigmoid" else None)
+        self.is_forced = False
+        """Balance by round robin instead of by score. Not training: a profile sets it to tell what balance would give.
+        """
 
     def forward(self, hidden_TD: Tensor, info: TokenInfo) -> Routing:
         """Route this rank's tokens.
@@ -76,6 +79,9 @@ class Router(nn.Module):
         """
         logits_TE = torch.nn.functional.linear(hidden_TD.to(self.weight.dtype), self.weight)
         probs_TE, map_TE, scores_TE = self.route(logits_TE, info)
+        if self.is_forced:
+            ids_TK = moe_math.round_robin(info.is_valid, top_k=self.moe.top_k, num_experts=self.moe.num_experts)
+            probs_TE, map_TE = self._to_experts(scores_TE, ids_TK)
         map_TE = map_TE & info.is_valid.unsqueeze(1)
         probs_TE = torch.where(map_TE, probs_TE, 0.0)
         aux, z = self._losses(logits_TE, scores_TE, map_TE, info)
@@ -102,7 +108,10 @@ class Router(nn.Module):
         selection_TE = moe_math.within_top_groups(
             selection_TE, num_groups=moe.num_groups, top_groups=moe.top_groups, top_k=moe.top_k
         )
-        ids_TK = moe_math.top_experts(selection_TE, moe.top_k)
+        return self._to_experts(scores_TE, moe_math.top_experts(selection_TE, moe.top_k))
+
+    @staticmethod
+    def _to_experts(scores_TE: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         gates_TK = moe_math.gates_of(scores_TE, ids_TK)
         probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, gates_TK)
         return probs_TE, torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, ids_TK, True)

@@ -1,0 +1,158 @@
+"""Rung 5 of the parity ladder: attention over context-parallel ranks is attention on one rank.
+
+Every strategy on 2, 3, 4 and 8 ranks against dense attention in fp64: output, log-sum-exp and all gradients. Worlds of
+3 and more matter: on two ranks the next one is the one before, and a hop the wrong way goes unseen.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megavid.parallel.context.attention import ContextParallelAttention
+from megavid.parallel.context.exchange import Exchange, Hop
+from megavid.parallel.context.groups import ContextGroups
+from megavid.parallel.context.layout import CPLayout
+from megavid.parallel.context.ring import GRADIENT, KV
+from megavid.plan.context import ContextPlan
+from tests.support import context_world, tolerance
+from tests.support.context_world import Case, Gap, matrix, run_cases
+from tests.support.ranks import RankPool
+
+WORLDS = (2, 3, 4, 8)
+
+
+def check(pool: RankPool, cases: list[Case], limit: float) -> Gap:
+    """Every case on every rank within the limit; the worst of all."""
+    results = pool.run(cases[0].plan.cp, run_cases, cases)
+    gaps = [gap for rank in results for gap in rank]
+    assert len(gaps) == len(cases) * len(results)
+    bad = [f"{gap.case.name}: {gap.gaps}" for gap in gaps if not gap.worst <= limit]
+    assert not bad, f"{len(bad)} of {len(gaps)}, first {bad[0]}"
+    return max(gaps, key=lambda gap: gap.worst)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_strategy_equals_dense_attention(pool: RankPool, world: int, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = matrix(world)
+    worst = check(pool, cases, tolerance.CONTEXT_FP64)
+    with capsys.disabled():
+        print(f"\ncontext parallelism on {world} ranks: {len(cases)} cases, largest error {worst.worst:.1e}")
+
+
+def test_the_matrix_has_every_point() -> None:
+    points = {(c.plan.cp, c.plan.describe(), c.shards, c.mask, c.heads) for world in WORLDS for c in matrix(world)}
+    # Ring, all-gather and Ulysses in 4 worlds; hybrids: one split of 4 ranks, two of 8, each by ring and all-gather.
+    assert len(points) == (4 * 3 + 1 * 2 + 2 * 2) * 4 * 5 * 2 == 720
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_shards_of_several_spans_equal_dense_attention(pool: RankPool, world: int) -> None:
+    cases = [dataclasses.replace(case, shards="zigzag") for case in matrix(world) if case.shards == "equal"][::3]
+    check(pool, cases, tolerance.CONTEXT_FP64)
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_slow_ranks_change_nothing(pool: RankPool, world: int) -> None:
+    cases = [dataclasses.replace(case, is_sleepy=True) for case in matrix(world)[::7]]
+    check(pool, cases, tolerance.CONTEXT_FP64)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_fp32_is_near_dense_attention(pool: RankPool, world: int) -> None:
+    cases = [dataclasses.replace(case, dtype=torch.float32) for case in matrix(world)[::3]]
+    check(pool, cases, tolerance.CONTEXT_FP32)
+
+
+@pytest.mark.parametrize("world", [3, 8])
+def test_bf16_errs_at_most_twice_as_much_as_one_call(pool: RankPool, world: int) -> None:
+    plans = context_world.plans_of(world)
+    cases = [Case(plan, "equal", "bidirectional", "mha", torch.bfloat16) for plan in plans]
+    for case, many, alone in zip(cases, *pool.run(world, rms_of_bf16, cases)[0]):
+        for name, error, bound in zip(("out", "dq", "dk", "dv"), many, alone):
+            assert error <= tolerance.BF16_FACTOR * bound, f"{case.name}: {name} {error:.1e}, alone {bound:.1e}"
+
+
+def rms_of_bf16(cases: list[Case]) -> tuple[list[list[float]], list[list[float]]]:
+    """Job: relative RMS error of each case over all ranks, and that of one rank with all tokens."""
+    results: tuple[list[list[float]], list[list[float]]] = ([], [])
+    for case in cases:
+        want = context_world.draw(case)
+        with context_world.groups_of(case.plan) as groups:
+            many = squares(case, context_world.layout_of_case(case, groups), want)
+        dist.all_reduce(many)
+        alone = squares(case, CPLayout.contiguous(context_world.TOKENS), want)
+        for result, sums in zip(results, (many, alone)):
+            result.append((sums[0] / sums[1]).sqrt().tolist())
+    return results
+
+
+def squares(case: Case, layout: CPLayout, want: context_world.Tensors) -> torch.Tensor:
+    """Sums of squares of the errors of out, dq, dk, dv (row 0) and of the truth (row 1)."""
+    index = layout.index()
+    leaves = [x[index].requires_grad_() for x in want.inputs]
+    out = ContextParallelAttention(layout, case.plan.kind)(*leaves, context_world.plans_of_case(case))
+    out.backward(want.weight[index])
+    pairs = zip((out.detach(), *(leaf.grad for leaf in leaves)), (want.out, *want.grads))
+    rows = [((got.double() - truth[index]).square().sum(), truth[index].square().sum()) for got, truth in pairs]
+    return torch.tensor(rows, dtype=torch.float64).t().contiguous()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_may_travel_in_bf16(pool: RankPool, world: int) -> None:
+    plan = ContextPlan(ring=world)
+    case = Case(plan, "uneven", "bidirectional", "gqa", torch.bfloat16, kv_grad_dtype=torch.bfloat16)
+    check(pool, [case], 0.1)
+
+
+def wrong_way(self: Exchange, sent: torch.Tensor, received: torch.Tensor, tag: int) -> Hop:
+    """A hop of which gradients go against the direction of their keys, as diffusers' did."""
+    step = -1 if tag == GRADIENT else 1
+    ring, mine = self.layout.groups.plan.ring, self.layout.groups.ring_rank
+    works = [dist.isend(sent, (mine + step) % ring, tag=tag), dist.irecv(received, (mine - step) % ring, tag=tag)]
+    return Hop([work for work in works if work is not None], (sent, received))
+
+
+def stale_keys(self: Exchange, sent: torch.Tensor, received: torch.Tensor, tag: int) -> Hop:
+    """A hop of keys that arrive one hop too late: what was there before is used."""
+    hop = RIGHT_HOP(self, sent, received, tag)
+    hop.wait()
+    if tag == KV:
+        received.copy_(sent)
+    return Hop([], hop.tensors)
+
+
+RIGHT_HOP = Exchange.hop
+BROKEN: dict[str, Any] = {"wrong way": wrong_way, "stale keys": stale_keys}
+
+
+def run_broken(how: str, cases: list[Case]) -> list[Gap]:
+    """Job: the cases with a broken ring."""
+    Exchange.hop = BROKEN[how]
+    try:
+        return run_cases(cases)
+    finally:
+        Exchange.hop = RIGHT_HOP
+
+
+@pytest.mark.parametrize(("how", "world", "is_seen"), [
+    ("wrong way", 2, False), ("wrong way", 3, True), ("wrong way", 4, True), ("stale keys", 2, True),
+])  # fmt: skip
+def test_a_broken_ring_is_seen(pool: RankPool, how: str, world: int, is_seen: bool) -> None:
+    case = Case(ContextPlan(ring=world), "equal", "bidirectional", "mha")
+    worst = max(gap.worst for rank in pool.run(world, run_broken, how, [case]) for gap in rank)
+    assert (worst > 1e-2) == is_seen
+
+
+def groups_after(plan: ContextPlan) -> int:
+    """Job: process groups that a layout leaves behind."""
+    before = len(dist.distributed_c10d._world.pg_map)
+    with context_world.groups_of(plan) as groups:
+        assert isinstance(groups, ContextGroups)
+    return len(dist.distributed_c10d._world.pg_map) - before
+
+
+def test_groups_are_destroyed(pool: RankPool) -> None:
+    assert pool.run(4, groups_after, ContextPlan(2, 2)) == [0] * 4
