@@ -4,7 +4,8 @@ Owns the slices that ranks and micro-batches take of a step's packs, the reading
 ``LatentBatch``, and the data position of a checkpoint. Step s (from 1) is packs (s-1) * GB to s * GB - 1
 (GB = ``train.global_batch_size``) of ``PackStream``; data-parallel rank r takes the r-th of ``dp_size``
 equal runs of them, and its microbatches are runs of ``train.micro_batch_size`` packs. So neither can change
-what a step sees. All ranks of a model replica build the same loader and read the same packs.
+what a step sees, and as packs cost alike, no rank and no microbatch holds up the others. All ranks of a model
+replica build the same loader and read the same packs.
 """
 
 import threading
@@ -121,7 +122,7 @@ class Loader:
         self.waited_s = 0.0
         """Seconds that steps waited for data, in all."""
         self._patch_size, self._pack_tokens = config.model.patch_size, config.data.pack_tokens
-        self._global, self._micro = train.global_batch_size, train.micro_batch_size
+        self._micro = train.micro_batch_size
         self._per_step = train.global_batch_size // (train.micro_batch_size * dp_size)
         self._first_pack = dp_rank * self._per_step * train.micro_batch_size
         self._drops_caption = drops_caption or (lambda draw: False)
@@ -130,7 +131,7 @@ class Loader:
         self._reader = SampleReader(source, config.data.max_bad_samples)
         self._held_out = held_out_samples(source, config.data.validation_samples)
         self._order = SampleOrder(source, train.seed, self._held_out)
-        self._stream = PackStream(self._order, self._patch_size, self._pack_tokens, source.name)
+        self._stream = PackStream(self._order, config, source.name)
         self._step = start_step - 1
         self._position = self._position_of(state)
         self._microbatches = self._read_ahead()
@@ -195,9 +196,9 @@ class Loader:
 
     def _read_ahead(self) -> Iterator[tuple[LatentBatch, PackPosition]]:
         """Microbatches for ever, each with the position after its step; runs in the background thread."""
-        self._stream.seek(self._step * self._global, self._position)
+        self._stream.seek(self._step, self._position)
         while True:
-            packs = [self._stream.next() for _ in range(self._global)]
+            packs = self._stream.next()
             position = self._stream.position
             for number in range(self._per_step):
                 first = self._first_pack + number * self._micro

@@ -6,7 +6,8 @@ of samples.
 
 An epoch is every training sample once. Inside it each bucket is permuted by a key of (seed, epoch, shape),
 and the buckets mix evenly: after i draws of an epoch of m, a bucket of n samples has given i * n / m of
-them, rounded. So every batch has the mixture of the data set, with no clusters of one resolution.
+them, rounded. Buckets that are equally due take turns in the order of a hash of their shapes, not of their
+sizes. So every batch has the mixture of the data set, with no clusters of one resolution or length.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import numpy as np
 from megavid.config.schema import require
 from megavid.data.permutation import Permutation
 from megavid.data.sample import Bucket, ClipSource, Indices, Shape
+from megavid.ops.philox import key_of
 
 
 def held_out_samples(source: ClipSource, count: int) -> tuple[int, ...]:
@@ -55,7 +57,7 @@ class SampleOrder:
             held.setdefault(source.shape(index), []).append(index)
         self._buckets: list[Bucket] = []
         self._held: list[Indices] = []
-        for bucket in source.buckets:
+        for bucket in sorted(source.buckets, key=lambda bucket: key_of("turns", str(bucket.shape))):
             members = sorted(bucket.member(index) for index in held.get(bucket.shape, []))
             if len(members) < len(bucket):
                 self._buckets.append(bucket)

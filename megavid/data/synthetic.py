@@ -5,6 +5,7 @@ it at rest. Every clip is drawn and encoded when it is read (milliseconds), so t
 size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,9 +24,23 @@ DIRECTIONS = {"right": (0.0, 1.0), "left": (0.0, -1.0), "up": (-1.0, 0.0), "down
 SIZES = (
     (17, 64, 64), (1, 64, 64), (9, 64, 96), (17, 96, 96), (5, 64, 64), (1, 96, 96), (13, 64, 96), (9, 96, 96),
 )  # fmt: skip
-"""Frames, height, width; sample ``index`` has the one of number ``index % 8``. One in four is an image."""
+"""Frames, height, width of the clips that runs train on. One in four is an image."""
 FRAMES_PER_SECOND = 16.0
 NUM_CLIPS = 4096
+
+
+def mixed_sizes(
+    resolutions: Sequence[tuple[int, int]], short_frames: int, long_frames: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Sizes for ``SyntheticSource``: of ten clips five images, four short and one long, in all resolutions alike.
+
+    Args:
+        resolutions: (height, width).
+        short_frames: frames of a short clip.
+        long_frames: frames of a long one.
+    """
+    frames = 5 * (1,) + 4 * (short_frames,) + (long_frames,)
+    return tuple((count, height, width) for count in frames for height, width in resolutions)
 
 
 def caption_of(colour: str, shape: str, direction: str, background: str) -> str:
@@ -134,6 +149,7 @@ class SyntheticSource:
         tokenizer: turns them into latents.
         text: the text encoder that goes with the captions.
         num_clips: length.
+        sizes: frames, height and width; clip ``index`` has those of number ``index % len(sizes)``.
     """
 
     def __init__(
@@ -142,10 +158,12 @@ class SyntheticSource:
         tokenizer: VideoTokenizer,
         text: TextSpec,
         num_clips: int = NUM_CLIPS,
+        sizes: Sequence[tuple[int, int, int]] = SIZES,
     ) -> None:
         self._seed, self._tokenizer, self._num_clips = seed, tokenizer, num_clips
         self._text = text
-        self._shapes = [latent_shape(tokenizer.spec, *size) for size in SIZES]
+        self._sizes = tuple(sizes)
+        self._shapes = [latent_shape(tokenizer.spec, *size) for size in self._sizes]
 
     @property
     def name(self) -> str:
@@ -172,7 +190,7 @@ class SyntheticSource:
 
     def shape(self, index: int) -> Shape:
         """Latent shape of a clip."""
-        return self._shapes[index % len(SIZES)]
+        return self._shapes[index % len(self._sizes)]
 
     def sample_name(self, index: int) -> str:
         """Name for logs."""
@@ -180,7 +198,7 @@ class SyntheticSource:
 
     def read(self, index: int) -> Sample:
         """Draw and encode one clip."""
-        size = SIZES[index % len(SIZES)]
+        size = self._sizes[index % len(self._sizes)]
         scene = scene_of(self._seed, index, size)
         latents_CFHW = self._tokenizer.encode(draw(scene, size))
         rate = FRAMES_PER_SECOND / self._tokenizer.spec.temporal

@@ -64,6 +64,16 @@ def test_buckets_mix_evenly() -> None:
         assert np.abs(given - np.arange(1, 1001) * size / 1000).max() <= 1.5
 
 
+def test_neighbours_are_not_of_neighbouring_sizes() -> None:
+    """Many buckets of as many samples, as a data set of clips of any length has: each turn of them is shuffled."""
+    order = SampleOrder(StubSource([((4, 1, 2, 2 * size), 10) for size in range(1, 401)]), 1)
+    widths = np.array([shape[3] for shape in order.shapes])[order.places(np.arange(400))[0]]
+    assert sorted(widths.tolist()) == list(range(2, 801, 2))
+    assert abs(np.corrcoef(widths[1:], widths[:-1])[0, 1]) < 0.15
+    means = widths.reshape(10, 40).mean(1)
+    assert means.max() < 1.3 * means.min()
+
+
 def test_order_of_a_billion_samples_takes_no_list() -> None:
     tracemalloc.start()
     source = StubSource([(IMAGE, 5 * 10**8), (SHORT, 3 * 10**8), (LONG, 2 * 10**8)])
