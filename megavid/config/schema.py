@@ -197,6 +197,8 @@ class ParallelConfig:
     """Ranks that share the tokens of every pack in attention too (CP)."""
     context_strategy: Literal["auto", "ulysses", "ring", "allgather", "hybrid"] = "auto"
     """How attention crosses context-parallel ranks; auto: heads in a node (ulysses), a ring beyond."""
+    attention_backend: Literal["aten", "cudnn", "flash_attn"] = "aten"
+    """Kernel of self-attention: torch's flash (memory-efficient in fp32), cuDNN's, or the package flash-attn's."""
     expert: int = 1
     """Ranks that share the experts of a layer (EP)."""
     expert_tensor: int = 1

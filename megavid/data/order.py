@@ -21,6 +21,9 @@ from megavid.data.permutation import Permutation
 from megavid.data.sample import Bucket, ClipSource, Indices, Shape
 from megavid.ops.philox import key_of
 
+MIXING_RULE = 2
+"""Number of the rule by which sizes take turns and fill packs; raised when clips of several sizes come otherwise."""
+
 
 def held_out_samples(source: ClipSource, count: int) -> tuple[int, ...]:
     """The samples that are kept from training, ascending: ``count`` places of a permutation with a fixed key.
@@ -76,8 +79,11 @@ class SampleOrder:
 
     def fingerprint(self) -> str:
         """Short hash of what the order is a function of. A resumed run must find the same."""
-        facts = json.dumps([self._seed, self.shapes, self.sizes, [held.tolist() for held in self._held]])
-        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+        facts: list[object] = [self._seed, self.shapes, self.sizes, [held.tolist() for held in self._held]]
+        if len(self.sizes) > 1:
+            facts.append(MIXING_RULE)
+        facts_text = json.dumps(facts)
+        return hashlib.blake2b(facts_text.encode(), digest_size=8).hexdigest()
 
     def places(self, draws: Indices) -> tuple[Indices, Indices]:
         """Bucket of each draw, and how many draws of the same epoch that bucket gave before.

@@ -26,12 +26,14 @@ class Build:
         transformer: megatron-core's config of this layout (a TransformerConfig, which has no type stubs).
         mesh: who stands where.
         is_first_chunk: this is the first chunk of the first stage, whose copies of replicated parameters count.
+        attention_backend: ``parallel.attention_backend``.
     """
 
     model: ModelConfig
     transformer: Any
     mesh: Mesh
     is_first_chunk: bool
+    attention_backend: str = "aten"
 
     @property
     def tp(self) -> int:

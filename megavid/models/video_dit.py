@@ -21,6 +21,7 @@ from megavid.models.inputs import ModelInput
 from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo, noise_bucket
 from megavid.models.transformer import transformer_config
+from megavid.ops.block_attention_library import block_attention
 from megavid.ops.packs import clip_index, positions
 from megavid.ops.rope import place_code, rope_angles
 from megavid.parallel import mcore
@@ -48,6 +49,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         self.model_type = mcore.ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.received: Tensor | None = None
+        self.attention_backend = build.attention_backend
 
         self.timestep_embedder = TimestepEmbedder(build)
         self.text_embedder = TextEmbedder(build)
@@ -136,7 +138,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         """Attention of every clip of these packs to itself, the same object for all blocks: it is planned once."""
         layout = self.mesh.cp_layout(inputs.packs[0].tokens)
         assert inputs.span == layout.span, (inputs.span, layout.span)
-        attention = ContextParallelAttention(layout, layout.groups.plan.kind)
+        attention = ContextParallelAttention(layout, layout.groups.plan.kind, self.attention_backend)
         return partial(attention, plans=tuple(AttnPlan.packed(pack) for pack in inputs.packs))
 
     def _conditioning(
@@ -168,9 +170,15 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
 
 
 def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
-    """The chunks of the model that this rank holds, with no values in their parameters yet."""
-    layout = mesh.layout
+    """The chunks of the model that this rank holds, with no values in their parameters yet.
+
+    Raises:
+        ConfigError: the attention kernel cannot take this device, dtype or head width.
+    """
+    layout, backend = mesh.layout, config.parallel.attention_backend
     transformer = transformer_config(config, layout, mesh.device)
+    # Asked here, before memory is used.
+    block_attention(backend, mesh.device, transformer.params_dtype, config.model.head_size)
     chunks = []
     for vpp_rank in range(layout.vpp):
         build = Build(
@@ -178,6 +186,7 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
             transformer=transformer,
             mesh=mesh,
             is_first_chunk=mesh.is_first_stage and vpp_rank == 0,
+            attention_backend=backend,
         )
         layers = layers_of_chunk(config.model, layout, mesh.coordinate("pp"), vpp_rank)
         vp_stage = vpp_rank if layout.vpp > 1 else None

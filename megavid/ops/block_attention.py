@@ -74,12 +74,12 @@ def check_capability(backend: str, device: str, dtype: torch.dtype, head_size: i
     Raises:
         ConfigError: naming what the backend lacks and what has it.
     """
-    known = sorted({name for name, _ in CAPABILITIES})
+    known, key = sorted({name for name, _ in CAPABILITIES}), "set parallel.attention_backend to one of"
     if backend not in known:
-        raise ConfigError(f"attention backend '{backend}' is unknown; set one of {', '.join(known)}")
+        raise ConfigError(f"attention backend '{backend}' is unknown; {key} {', '.join(known)}")
     capability = CAPABILITIES.get((backend, device))
     others = [name for (name, kind), c in CAPABILITIES.items() if kind == device and _can(c, dtype, head_size)]
-    way_out = f"set one of {', '.join(others)}" if others else "no backend has it"
+    way_out = f"{key} {', '.join(others)}" if others else "no backend has it"
     if capability is None:
         raise ConfigError(f"attention backend '{backend}' does not run on {device}; {way_out}")
     if dtype not in capability.dtypes:

@@ -44,10 +44,11 @@ class CudaFlash:
         self, grad_BNTA: Tensor, q_BNTA: Tensor, k_BNTA: Tensor, v_BNTA: Tensor, out_BNTA: Tensor, lse_BNT: Tensor
     ) -> BlockGradients:
         """See ``BlockAttention``."""
-        none, philox = _unused(q_BNTA)
+        philox = torch.zeros(2, dtype=torch.uint64, device=q_BNTA.device)  # of dropout, which is not used
+        # A tensor of sequence starts, even an empty one, would mean ragged batches: it must be None.
         gradients = aten._scaled_dot_product_flash_attention_backward.default(
-            grad_BNTA, q_BNTA, k_BNTA, v_BNTA, out_BNTA, lse_BNT.contiguous(), none, none,
-            q_BNTA.shape[2], k_BNTA.shape[2], 0.0, False, philox, none,
+            grad_BNTA, q_BNTA, k_BNTA, v_BNTA, out_BNTA, lse_BNT.contiguous(), None, None,
+            q_BNTA.shape[2], k_BNTA.shape[2], 0.0, False, philox, philox.new_empty(0),
         )  # fmt: skip
         return BlockGradients(*gradients)
 
@@ -88,11 +89,10 @@ class CudaCudnn:
         self, grad_BNTA: Tensor, q_BNTA: Tensor, k_BNTA: Tensor, v_BNTA: Tensor, out_BNTA: Tensor, lse_BNT: Tensor
     ) -> BlockGradients:
         """See ``BlockAttention``."""
-        none, _ = _unused(q_BNTA)
         seed, offset = (torch.zeros((), dtype=torch.int64, device=q_BNTA.device) for _ in range(2))
         gradients = aten._scaled_dot_product_cudnn_attention_backward.default(
             grad_BNTA, q_BNTA, k_BNTA, v_BNTA, out_BNTA, lse_BNT.contiguous().unsqueeze(-1), seed, offset, None,
-            none, none, q_BNTA.shape[2], k_BNTA.shape[2], 0.0, False,
+            None, None, q_BNTA.shape[2], k_BNTA.shape[2], 0.0, False,
         )  # fmt: skip
         return BlockGradients(*gradients)
 
@@ -120,8 +120,3 @@ class CudaAten:
 def _repeated(x_BNTA: Tensor, q_BNTA: Tensor) -> Tensor:
     groups = q_BNTA.shape[1] // x_BNTA.shape[1]
     return x_BNTA if groups == 1 else x_BNTA.repeat_interleave(groups, dim=1)
-
-
-def _unused(like: Tensor) -> tuple[Tensor, Tensor]:
-    """What the backward kernels take for ragged batches and for dropout, neither of which is used."""
-    return like.new_empty(0, dtype=torch.int32), torch.zeros(2, dtype=torch.uint64, device=like.device)

@@ -49,11 +49,13 @@ class Mesh:
         rank = dist.get_rank()
         target = torch.device("cpu") if device == "cpu" else torch.device("cuda", torch.cuda.current_device())
         groups = mcore.open_groups(layout, seed=seed)
-        context = open_context_groups(layout, rank, groups.cp)
         try:
-            yield cls(layout, rank, target, groups, layout.coordinates(rank), context)
+            context = open_context_groups(layout, rank, groups.cp)
+            try:
+                yield cls(layout, rank, target, groups, layout.coordinates(rank), context)
+            finally:
+                context.close()
         finally:
-            context.close()
             mcore.close_groups()
 
     @property

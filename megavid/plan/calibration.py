@@ -32,9 +32,11 @@ PROBE_RANGES: Mapping[str, tuple[float, float]] = {
     "glue_factor": (0.05, 5.0),
     "operator_s": (1e-6, 1e-4),
     "step_s": (0.0, 0.1),
+    "nvlink_efficiency": (0.1, 1.5),
 }
 """Numbers that a probe fits to a few timed steps of small models (``fitting.fit_numbers``), after it has measured the
-peak, the memory rate and the links by themselves: a kernel alone in a loop finds warm caches that a step does not."""
+peak, the memory rate and the links by themselves: a kernel alone in a loop finds warm caches that a step does not, and
+a link alone no rank that comes late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,8 @@ class Calibration:
             bytes.
         estimated_glue_factor: the same for published models, whose bytes are estimated as if fused; in the hindcast
             only. Probe: 1.0.
-        nvlink_efficiency: share of the NVLink rate that collectives in one domain reach. Probe: 1.0 against the
-            measured rate of a large all-reduce between local ranks (gloo on a CPU).
+        nvlink_efficiency: share of the NVLink rate that collectives in one domain reach. Probe: against the rate of
+            collectives timed by themselves between local ranks (gloo on a CPU), fitted to steps of two replicas.
         network_efficiency: share of the network rate that rings across domains reach. Probe: as above.
         alltoall_efficiency: share of the network rate that all-to-alls across domains reach. Probe: rate of a large
             all-to-all over the rate of the large all-reduce.

@@ -18,10 +18,8 @@ from megavid.config.schema import require
 Kind = Literal["ring", "allgather"]
 Strategy = Literal["auto", "ulysses", "ring", "allgather", "hybrid"]
 
-# An all-to-all may leave the fast domain where it costs at most this part of the attention. Without rates: from so many
-# tokens on, which is that part at 600 TFLOP/s and 50 GB/s.
+# An all-to-all may leave the fast domain where it costs at most this part of the attention.
 EXPOSED_FOR_WIDE_ULYSSES = 0.08
-TOKENS_FOR_WIDE_ULYSSES = 300_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,7 @@ def _best(degrees: Sequence[int], shape: _Shape, rates: _Rates) -> ContextPlan:
     """The most heads that the fast domain, or the length of the video, allows: few hops, large kernels."""
     widest = max(degrees)
     if rates.attention is None or rates.outer is None:
-        is_wide = shape.tokens > TOKENS_FOR_WIDE_ULYSSES
+        is_wide = False  # only rates can tell that crossing domains is cheap
     else:
         part = exposed_fraction(
             widest, tokens=shape.tokens, attention_rate=rates.attention, rate=rates.outer, kv_share=shape.kv_share,

@@ -6,6 +6,7 @@ Every strategy on 2, 3, 4 and 8 ranks against dense attention in fp64: output, l
 
 import dataclasses
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -58,6 +59,19 @@ def test_shards_of_several_spans_equal_dense_attention(pool: RankPool, world: in
 def test_slow_ranks_change_nothing(pool: RankPool, world: int) -> None:
     cases = [dataclasses.replace(case, is_sleepy=True) for case in matrix(world)[::7]]
     check(pool, cases, tolerance.CONTEXT_FP64)
+
+
+def run_in_batches(cases: list[Case]) -> list[Gap]:
+    """Job: the cases with the ring's sends and receives in batches, as it makes them on GPUs."""
+    with patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)):
+        return run_cases(cases)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_ring_that_sends_in_batches_equals_dense_attention(pool: RankPool, world: int) -> None:
+    cases = [case for case in matrix(world) if case.plan.ring > 1 and case.plan.kind == "ring"][::5]
+    results = pool.run(world, run_in_batches, cases)
+    assert max(gap.worst for rank in results for gap in rank) <= tolerance.CONTEXT_FP64
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -1,12 +1,16 @@
 """Block attention: every kernel of this machine against the slow twin, and refusals that name what a backend lacks."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavid.errors import ConfigError
 from megavid.ops import block_attention_library
-from megavid.ops.block_attention import CAPABILITIES, ReferenceAttention, check_capability
+from megavid.ops.block_attention import CAPABILITIES, BlockAttention, ReferenceAttention, check_capability
+from megavid.ops.block_attention_aten import CudaCudnn, CudaFlash
 from megavid.ops.block_attention_library import block_attention
 
 SHAPES = {
@@ -70,11 +74,11 @@ def test_parts_of_the_keys_with_global_output_add_up_to_the_whole() -> None:
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype", "width", "words"), [
-    ("flash", "cpu", torch.float32, 64, "backend 'flash' is unknown; set one of aten, cudnn"),
-    ("cudnn", "cpu", torch.bfloat16, 64, "'cudnn' does not run on cpu; set one of aten, reference"),
-    ("aten", "cuda", torch.float64, 64, "'aten' on cuda takes float32, bfloat16, float16, got float64; set one of ref"),
+    ("flash", "cpu", torch.float32, 64, "'flash' is unknown; set parallel.attention_backend to one of aten, cud"),
+    ("cudnn", "cpu", torch.bfloat16, 64, "does not run on cpu; set parallel.attention_backend to one of aten, ref"),
+    ("aten", "cuda", torch.float64, 64, "'aten' on cuda takes float32, bfloat16, float16, got float64; set par"),
     ("aten", "cuda", torch.bfloat16, 100, "width is a multiple of 8, at most 256, got 100; change model.num_heads"),
-    ("cudnn", "cuda", torch.bfloat16, 256, "at most 128, got 256; change model.num_heads, or set one of aten"),
+    ("cudnn", "cuda", torch.bfloat16, 256, "at most 128, got 256; change model.num_heads, or set parallel"),
 ])  # fmt: skip
 def test_what_a_backend_lacks_is_refused_by_name(
     backend: str, device: str, dtype: torch.dtype, width: int, words: str
@@ -89,7 +93,30 @@ def test_a_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
         block_attention("flash_attn", torch.device("cuda"), torch.bfloat16, 64)
 
 
-def test_every_row_of_the_table_can_do_what_it_says() -> None:
-    for (backend, device), capability in CAPABILITIES.items():
-        for dtype in capability.dtypes:
-            check_capability(backend, device, dtype, capability.max_head_size or 512)
+def test_every_row_of_the_table_for_this_machine_can_do_what_it_says() -> None:
+    rows = [(name, dtype) for (name, device), each in CAPABILITIES.items() if device == "cpu" for dtype in each.dtypes]
+    assert len(rows) == 8
+    for name, dtype in rows:
+        q = torch.ones(1, 1, 4, 520, dtype=dtype)
+        kernel = block_attention(name, q.device, dtype, 520)
+        out, lse = kernel.forward(q, q, q)
+        assert all(torch.isfinite(x).all() for x in kernel.backward(q, q, q, q, out, lse))
+
+
+@pytest.mark.parametrize(("kernel", "name"), [(CudaFlash(), "flash_attention_backward"), (CudaCudnn(), "cudnn_")])
+def test_gpu_kernels_are_not_told_of_ragged_batches(kernel: BlockAttention, name: str) -> None:
+    """Torch takes any tensor of sequence starts, even an empty one, for a ragged batch."""
+    seen: list[tuple[object, ...]] = []
+
+    class Arguments(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if name in func.name() and "backward" in func.name():
+                known = [argument.name for argument in func._schema.arguments]
+                seen.append(tuple(args[known.index(each)] for each in ("cum_seq_q", "cum_seq_k")))
+            return func(*args, **(kwargs or {}))
+
+    q = torch.empty(1, 2, 16, 64, dtype=torch.bfloat16, device="meta")
+    lse = torch.empty(1, 2, 16, device="meta")
+    with Arguments():
+        kernel.backward(q, q, q, q, q, lse)
+    assert seen == [(None, None)]

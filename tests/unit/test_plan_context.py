@@ -50,9 +50,12 @@ def test_key_heads_limit_ulysses() -> None:
         context_plan("ulysses", heads_per_tp=64, kv_heads_per_tp=8, cp=16, tokens=1000)
 
 
-def test_without_rates_ulysses_leaves_its_domain_only_for_long_videos() -> None:
-    assert context_plan("auto", heads_per_tp=40, cp=40, tokens=75_600) == ContextPlan(8, 5)
-    assert context_plan("auto", heads_per_tp=40, cp=40, tokens=867_600) == ContextPlan(40, 1)
+def test_ulysses_leaves_its_domain_only_for_long_videos_and_known_rates() -> None:
+    rates = {"attention_rate": 600e12, "inner_rate": 350e9, "outer_rate": 50e9}
+    assert context_plan("auto", heads_per_tp=40, cp=40, tokens=75_600, **rates).ulysses == 8
+    assert context_plan("auto", heads_per_tp=40, cp=40, tokens=867_600, **rates) == ContextPlan(40, 1)
+    # A pack of many tokens may hold short clips: its length alone tells nothing.
+    assert context_plan("auto", heads_per_tp=40, cp=40, tokens=867_600) == ContextPlan(8, 5)
 
 
 def test_a_hop_hides_behind_as_many_tokens_as_were_published() -> None:

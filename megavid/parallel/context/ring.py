@@ -18,7 +18,8 @@ from megavid.parallel.context.exchange import Exchange, Hop
 from megavid.parallel.context.schedule import Block, Schedule, schedule_of
 from megavid.plan.context import Kind
 
-# What travels at the same time must be told apart.
+# What travels at the same time must be told apart: gloo goes by these tags. NCCL knows none and goes by order, which is
+# the same on every rank: the keys of a hop are sent after the gradient of the hop before.
 KV, GRADIENT = 0, 1
 
 

@@ -6,7 +6,6 @@ decides what is computed, never what is sent.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from megavid.errors import ConfigError
@@ -46,7 +45,6 @@ class Schedule:
     keys_once: bool
 
 
-@lru_cache(maxsize=64)
 def schedule_of(layout: CPLayout, plans: tuple[AttnPlan, ...], kind: Kind) -> Schedule:
     """The blocks of this rank for the packs of a microbatch, one plan each.
 
