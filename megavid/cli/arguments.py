@@ -48,6 +48,17 @@ def take_flag(argv: list[str], name: str) -> bool:
     return is_there
 
 
+def one_of(text: str, name: str, choices: tuple[str, ...]) -> str:
+    """``text``, which must be one of ``choices``.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if text not in choices:
+        raise ConfigError(f"{name} {text} must be one of {', '.join(choices)}")
+    return text
+
+
 def whole_number(text: str, name: str, *, default: int, minimum: int = 1) -> int:
     """``text`` as a number; ``default`` where it is "".
 

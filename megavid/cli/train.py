@@ -53,15 +53,10 @@ def main(argv: Sequence[str]) -> int:
     config = load_run(request.preset, request.overrides)
     silence_known_warnings()
 
-    from megavid.parallel.launch import RankEnv, run_local_ranks
+    from megavid.cli.ranks import find_ranks
+    from megavid.parallel.launch import run_local_ranks
 
-    env = RankEnv.detect()
-    if env.world_size > 1 and request.ranks:
-        raise ConfigError(
-            f"--ranks {request.ranks} was given, but {env.world_size} ranks were started by torchrun or srun; "
-            "leave it out"
-        )
-    num_ranks = env.world_size if env.world_size > 1 else request.ranks or 1
+    env, num_ranks = find_ranks(request.ranks)
     layout = layout_of(config, num_ranks)
 
     import torch

@@ -21,6 +21,7 @@ from megavid.data.loader import Loader
 from megavid.models.moe.stats import collapse_alarms, summary
 from megavid.parallel.engine import Engine
 from megavid.parallel.mesh import Mesh
+from megavid.profiling.peak import Peak
 from megavid.training.kit import SamplingKit
 from megavid.training.metrics import MetricsFile
 from megavid.training.routing import layer_rows, worst_figures
@@ -40,6 +41,7 @@ class Run:
     state: TrainState
     loader: Loader
     kit: SamplingKit
+    peak: Peak | None = None
 
     def event(self, name: str, **fields: object) -> None:
         """Write a row of events.jsonl, on rank 0."""
@@ -115,6 +117,7 @@ class MetricsLog(Callback):
             "tokens": report.tokens,
             "clips": report.clips,
             "tokens_per_s": round(report.tokens_per_s, 3),
+            **speed_figures(report, run.mesh.world_size, run.peak),
             "is_skipped": not report.is_finite,
             "skipped": run.state.skipped,
         }
@@ -124,6 +127,22 @@ class MetricsLog(Callback):
     def after_training(self, run: Run) -> None:
         """Close the file."""
         self.file.__exit__()
+
+
+def speed_figures(report: StepReport, num_ranks: int, peak: Peak | None) -> dict[str, float | None]:
+    """How fast a step was and what it waited for; None for what nobody measured.
+
+    ``mfu`` and ``hfu`` need the peak of a known GPU: on other machines ``megavid profile`` measures one.
+    """
+    useful, computed = (flops / report.step_time_s / num_ranks for flops in (report.model_flops, report.hardware_flops))
+    comm_wait_s = report.comm_wait_s
+    return {
+        "mfu": None if peak is None else round(useful / peak.flops_per_s, 5),
+        "hfu": None if peak is None else round(computed / peak.flops_per_s, 5),
+        "tflops_per_rank": float(f"{useful / 1e12:.5g}"),
+        "memory_peak_gib": round(report.memory_peak_bytes / 2**30, 4),
+        "comm_wait_s": None if comm_wait_s is None else round(comm_wait_s, 6),
+    }
 
 
 class RouterLog(Callback):
@@ -162,6 +181,8 @@ class TensorBoard(Callback):
             "speed/data_wait_s": report.data_wait_s,
             "speed/tokens_per_s": report.tokens_per_s,
         }
+        speed = speed_figures(report, run.mesh.world_size, run.peak)
+        scalars |= {f"speed/{name}": value for name, value in speed.items() if value is not None}
         for layer, stats in report.routing.items():
             scalars |= {f"router_{layer}/{name}": value for name, value in summary(stats).items()}
         for name, value in scalars.items():
@@ -202,10 +223,12 @@ class Terminal(Callback):
 def line_of(run: Run, report: StepReport) -> str:
     """The terminal's line of a step."""
     skipped = "" if report.is_finite else "  SKIPPED: not finite"
+    share = speed_figures(report, run.mesh.world_size, run.peak)["mfu"]
+    mfu = "" if share is None else f"  MFU {share:.1%}"
     return (
         f"step {report.step:>6}/{run.config.train.steps}  loss {report.loss:.5f}  grad_norm {report.grad_norm:.4f}  "
         f"lr {report.learning_rate:.3g}  {report.step_time_s:.2f} s  {report.tokens_per_s:,.0f} tokens/s"
-        f"  wait {report.data_wait_s:.2f} s{skipped}"
+        f"{mfu}  wait {report.data_wait_s:.2f} s{skipped}"
     )
 
 

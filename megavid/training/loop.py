@@ -19,6 +19,7 @@ from megavid.errors import CheckpointError, NumericalStop, StopRequested
 from megavid.models.runner import build_engine
 from megavid.parallel.engine import Engine
 from megavid.parallel.mesh import Mesh
+from megavid.profiling.peak import known_peak
 from megavid.training.build import build_callbacks
 from megavid.training.callbacks import Run
 from megavid.training.diagnose import first_bad_part
@@ -62,7 +63,7 @@ def train(config: RunConfig, mesh: Mesh, run_dir: RunDir, start: Start) -> Train
             run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
             layout=mesh.layout.describe(), extra=kit.files(),
         )  # fmt: skip
-        run = Run(config, mesh, engine, run_dir, state, loader, kit)
+        run = Run(config, mesh, engine, run_dir, state, loader, kit, known_peak(config, mesh.device))
         write_start(run, start)
 
         with loader, saver, build_callbacks(run) as callbacks:
@@ -107,12 +108,17 @@ def load_or_initialize(
             return resume(engine, start.checkpoint)
         except CheckpointError as error:
             raise run_dir.with_way_out(error) from error
+    first_weights(engine, config, source)
+    return TrainState(), None
+
+
+def first_weights(engine: Engine[Any], config: RunConfig, source: ClipSource) -> None:
+    """Fill the weights of a run that begins: those of ``train.init_from``, else fresh ones."""
     if config.train.init_from:
         checkpoint = check_init_from(config, source)
         load_weights(engine, checkpoint, kind="ema" if has_average(config_of(checkpoint)) else "model")
     else:
         engine.initialize(config.train.seed)
-    return TrainState(), None
 
 
 def write_start(run: Run, start: Start) -> None:
@@ -131,7 +137,8 @@ def write_start(run: Run, start: Start) -> None:
             cut_after(file, run.state.step)
         run_dir.write_config(run.config)
         run_dir.write_ranks(rows)
-        fields = {"step": run.state.step, "layout": layout, "ranks": mesh.world_size}
+        fields: dict[str, object] = {"step": run.state.step, "layout": layout, "ranks": mesh.world_size}
+        fields["peak"] = None if run.peak is None else run.peak.to_json()  # what mfu and hfu are fractions of
         if start.checkpoint is not None:
             run_dir.event("resumed", **fields, checkpoint=start.checkpoint.name)
         else:

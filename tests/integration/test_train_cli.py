@@ -78,6 +78,10 @@ def test_folder_holds_what_the_contract_says(finished: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, 9))
     wanted = {"step", "loss", "grad_norm", "learning_rate", "step_time_s", "tokens", "tokens_per_s", "data_wait_s"}
     assert all(wanted <= row.keys() for row in rows)
+    # A CPU's peak is nobody's figure, so there is no MFU; what was measured is there.
+    assert all((row["mfu"], row["hfu"]) == (None, None) for row in rows)
+    for name in ("tflops_per_rank", "memory_peak_gib", "comm_wait_s"):
+        assert all(value > 0 for value in column(rows, name)[1]), name
     ranks = json.loads((finished / "ranks.json").read_text())
     assert [row["rank"] for row in ranks] == [0, 1]
     assert [row["coordinates"]["ep"] for row in ranks] == [0, 1]

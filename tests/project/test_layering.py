@@ -37,7 +37,17 @@ assert "torch" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["train", "tiny", "--help"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["train", "tiny", "--help"],
+        ["profile", "--help"],
+        ["plan", "--help"],
+    ],
+)
 def test_help_answers_without_torch(argv: list[str]) -> None:
     done = _python(f"import sys; from megavid.cli.main import main; s = main({argv!r}); assert not s, s; "
                    "assert 'torch' not in sys.modules")  # fmt: skip

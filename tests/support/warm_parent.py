@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-MODULES = ("megavid.cli.main", "megavid.cli.train", "megavid.training.run", "megavid.training.sample_run")
+MODULES = (
+    "megavid.cli.main", "megavid.cli.train", "megavid.cli.profile", "megavid.training.run",
+    "megavid.training.sample_run", "megavid.training.profile_report",
+)  # fmt: skip
 
 
 @dataclass
