@@ -3,6 +3,8 @@
 Owns the two forms ``--name VALUE`` and ``--name=VALUE``. Config keys have a dot in their name, options have none.
 """
 
+import math
+
 from megavid.errors import ConfigError
 
 
@@ -84,4 +86,6 @@ def decimal_number(text: str, name: str, *, default: float, minimum: float) -> f
         raise ConfigError(f"{name} {text} must be a number") from None
     if not value >= minimum:
         raise ConfigError(f"{name} {text} must be at least {minimum:g}")
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} {text} must be a finite number")
     return value

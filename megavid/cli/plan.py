@@ -132,6 +132,13 @@ def parse(argv: list[str]) -> Request:
     for name in ("video-mb", "epochs", "months", "store", "encode-gpu-s", "gpu-hour"):
         if take[name] and not clips:
             raise ConfigError(f"--{name} {take[name]} is read with --data only; add --data CLIPS or leave it out")
+    for name in ("tokens", "headroom", "runners-up"):
+        if take[name] and clips:
+            raise ConfigError(f"--{name} {take[name]} is not read with --data; leave it out")
+    if flags["search"] and clips:
+        raise ConfigError("--search is not read with --data; search first, then pass the layout's keys with --data")
+    if take["gpu"] and not world_size:
+        raise ConfigError(f"--gpu {take['gpu']} is read with --world-size N only; add it or leave --gpu out")
     if flags["summary"] and (flags["json"] or clips):
         raise ConfigError("--summary shortens the text of a plan; leave it out with --json and --data")
     if take["runners-up"] and not flags["search"]:
@@ -341,4 +348,4 @@ def _calibration(request: Request, gpu: Hardware) -> Any:
 
 
 def _print(report: dict[str, Any] | str) -> None:
-    print(report if isinstance(report, str) else json.dumps(report, indent=1))
+    print(report if isinstance(report, str) else json.dumps(report, indent=1, allow_nan=False))

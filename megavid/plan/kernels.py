@@ -6,7 +6,6 @@ takes less time.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -172,8 +171,3 @@ class Machine:
         # A ring enters and leaves a domain once, over the network cards of all the group's ranks in it.
         lanes = work.ranks_per_domain if work.operation != "send" else 1
         return work.bytes / min(nvlink, lanes * network) + latency
-
-
-def total_flops(products: Sequence[Product], attention: Sequence[Attention]) -> float:
-    """FLOPs of a forward pass."""
-    return sum(work.flops for work in products) + sum(work.flops for work in attention)

@@ -5,7 +5,9 @@ from our operators, and which computation hides which of the engine's collective
 ``critical_path``; FLOPs that MFU counts are ``flops``. Only overlap that the engine performs is counted.
 """
 
+import math
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from importlib import resources
@@ -224,10 +226,23 @@ def _exchange(transfer: Transfer, layout: Layout, hardware: Hardware) -> Exchang
         beside = _HIDDEN_BY.get((transfer.axis, transfer.operation)) or _HIDDEN_BY_AXIS.get(transfer.axis, "")
     near = transfer.group_size
     if transfer.fabric == "network":
-        near = hardware.ranks_per_domain(transfer.group_size, _stride(transfer, layout))
+        near = _fewest_near(transfer.group_size, _stride(transfer, layout), hardware.nvlink_domain)
     return Exchange(
         transfer.axis, transfer.operation, transfer.calls, transfer.bytes, transfer.group_size, near, beside
     )
+
+
+@lru_cache(maxsize=1024)
+def _fewest_near(group_size: int, stride: int, domain: int) -> int:
+    """Ranks of a group in the domain of the rank that has fewest there, itself included: it sets the pace.
+
+    Groups begin at multiples of their span, so where it does not fit the domain some of them straddle two.
+    """
+    span, fewest = group_size * stride, group_size
+    for first in range(0, math.lcm(span, domain), span):
+        members = Counter((first + number * stride) // domain for number in range(group_size))
+        fewest = min(fewest, *members.values())
+    return fewest
 
 
 @lru_cache(maxsize=1024)

@@ -45,15 +45,18 @@ class Peak:
         }
 
 
-def known_peak(config: RunConfig, device: torch.device) -> Peak | None:
-    """The table's peak for this rank's GPU; None on a CPU, and on a GPU that is not in the table."""
+def known_peak(device: torch.device) -> Peak | None:
+    """The table's dense bf16 peak for this rank's GPU, whatever the run's dtype, so that figures compare.
+
+    None on a CPU, and on a GPU that is not in the table.
+    """
     if device.type != "cuda":
         return None
-    name, dtype = torch.cuda.get_device_name(device), config.precision.dtype
+    name = torch.cuda.get_device_name(device)
     machine = machine_of(name)
-    if machine is None or dtype not in machine.peak:
+    if machine is None:
         return None
-    return Peak(machine.peak[dtype], dtype, f"dense {dtype} peak of {machine.name} ({name})", False)
+    return Peak(machine.peak["bf16"], "bf16", f"dense bf16 peak of {machine.name} ({name})", False)
 
 
 def machine_of(device_name: str) -> Hardware | None:
@@ -95,5 +98,5 @@ def peak_of(config: RunConfig, mesh: Mesh) -> Peak:
 
     Ranks: collective over the world.
     """
-    known = known_peak(config, mesh.device)
+    known = known_peak(mesh.device)
     return known if known is not None else measured_peak(config, mesh)

@@ -63,7 +63,7 @@ def train(config: RunConfig, mesh: Mesh, run_dir: RunDir, start: Start) -> Train
             run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
             layout=mesh.layout.describe(), extra=kit.files(),
         )  # fmt: skip
-        run = Run(config, mesh, engine, run_dir, state, loader, kit, known_peak(config, mesh.device))
+        run = Run(config, mesh, engine, run_dir, state, loader, kit, known_peak(mesh.device))
         write_start(run, start)
 
         with loader, saver, build_callbacks(run) as callbacks:

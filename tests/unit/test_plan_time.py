@@ -184,6 +184,20 @@ def test_groups_that_leave_a_domain_pay_the_network_and_share_its_cards() -> Non
     assert 1e9 / machine.exchange(spread) == pytest.approx(4 * rate, rel=0.02)
 
 
+@pytest.mark.parametrize("machine", ["h100-80gb", "gb200"])
+def test_groups_that_straddle_domains_are_timed_on_the_network(machine: str) -> None:
+    """6 ranks in domains of 8, or 16 in domains of 72: most groups lie in one, and the others set the pace."""
+    overrides = ["--parallel.context", "6", "--parallel.tensor", "1"] if machine == "h100-80gb" else []
+    if machine == "gb200":
+        overrides = ["--parallel.expert", "16", "--parallel.tensor", "1", "--parallel.pipeline", "1"]
+    preset, world = ("wan_1b", 48) if machine == "h100-80gb" else ("wan_moe_7b_a2b", 144)
+    plan = planned(preset, world, *overrides, "--train.global_batch_size", "144")
+    axis = "context" if machine == "h100-80gb" else "expert"
+    slow = step_time(*plan, hardware(machine), CALIBRATION).parts[axis]
+    network = replace(hardware(machine), network_rate=1e3 * hardware(machine).network_rate)
+    assert step_time(*plan, network, CALIBRATION).parts[axis] < 0.7 * slow
+
+
 def test_alltoall_pays_the_network_for_what_leaves_the_domain() -> None:
     machine = Machine(H100, CALIBRATION)
     every = Exchange("ep", "all_to_all", 1, 31e9, 32, 8)
