@@ -128,6 +128,18 @@ class ModelConfig:
     """Add a fixed code of each token's time, row and column to its patch. RoPE tells distances alone, so at high noise,
     where all tokens look alike, nothing says where the edges are. Off in Wan.
     """
+    task: Literal["t2v", "i2v", "ti2v"] = "t2v"
+    """What the model is given beside the caption. ``t2v``: nothing. ``i2v``: known frames in further input channels:
+    noised latents, their mask, their latents (Wan: 16 + 4 + 16). ``ti2v``: known latent frames clean, at timestep 0.
+    """
+    image_size: int = 0
+    """Width of an image encoder's features, which cross-attention attends to beside the text (Wan 2.1 I2V: 1280); 0 for
+    no image branch.
+    """
+    image_length: int = 257
+    """Image tokens of one clip: 257 of each of its pictures (image_size > 0)."""
+    image_positions: int = 0
+    """Learned positions of the image tokens, as many as image_length (first-last-frame models: 514); 0 for none."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Experts."""
 
@@ -147,12 +159,50 @@ class ModelConfig:
             self.frequency_size % 2 == 0,
             f"model.frequency_size = {self.frequency_size} must be even (sines and cosines)",
         )
+        self._check_conditioning()
         require(
             self.family == "wan" or self.moe.dense_first + self.moe.dense_last < self.num_layers,
             f"model.moe.dense_first + dense_last = {self.moe.dense_first + self.moe.dense_last} "
             f"leaves no expert layer among model.num_layers = {self.num_layers}; lower them or set "
             "model.family = 'wan'",
         )
+
+    def _check_conditioning(self) -> None:
+        at_least("model", 0, image_size=self.image_size)
+        at_least("model", 1, image_length=self.image_length)
+        require(
+            self.task != "i2v" or self.mask_channels >= 1,
+            f"model.in_channels = {self.in_channels} must be above twice model.out_channels = {self.out_channels} with "
+            "model.task = 'i2v': noised latents, a mask, latents of the known frames (Wan: 36 for 16)",
+        )
+        require(
+            self.task != "ti2v" or self.in_channels == self.out_channels,
+            f"model.in_channels = {self.in_channels} must be model.out_channels = {self.out_channels} with "
+            "model.task = 'ti2v', whose known frames stand in the latents themselves",
+        )
+        require(
+            self.task != "ti2v" or self.patch_size[0] == 1,
+            f"model.patch_size = {self.patch_size} must have 1 latent frame in a token with model.task = 'ti2v', whose "
+            "timesteps go by frame",
+        )
+        require(
+            self.image_size == 0 or self.task == "i2v",
+            f"model.image_size = {self.image_size} is read by model.task = 'i2v' only, got '{self.task}'; set 0",
+        )
+        require(
+            self.image_size > 0 or (self.image_length, self.image_positions) == (257, 0),
+            f"model.image_length = {self.image_length} and model.image_positions = {self.image_positions} are read "
+            "with model.image_size > 0 only; leave them at 257 and 0",
+        )
+        require(
+            self.image_positions in (0, self.image_length),
+            f"model.image_positions = {self.image_positions} must be 0 or model.image_length = {self.image_length}",
+        )
+
+    @property
+    def mask_channels(self) -> int:
+        """Input channels that say which frames are known (task ``i2v``): frames of video in a latent frame."""
+        return self.in_channels - 2 * self.out_channels if self.task == "i2v" else 0
 
     @property
     def head_size(self) -> int:

@@ -184,6 +184,12 @@ class DiffusionConfig:
     """If above 0, flow_shift is scaled by sqrt(tokens of the clip / this); 0: the same for all clips."""
     caption_drop: float = 0.1
     """Probability that a clip's caption is replaced by the empty one, for classifier-free guidance."""
+    sigma_min: float = 0.0
+    """Lowest noise level that this model is trained on, after the shift: timestep / 1000 (Wan 2.2's high-noise expert:
+    0.875 of text-to-video, 0.9 of image-to-video).
+    """
+    sigma_max: float = 1.0
+    """Highest noise level, likewise (Wan 2.2's low-noise expert: the same figures)."""
 
     def __post_init__(self) -> None:
         require(self.flow_shift > 0, f"diffusion.flow_shift = {self.flow_shift} must be above 0")
@@ -194,6 +200,16 @@ class DiffusionConfig:
         )
         require(0 <= self.caption_drop <= 1, f"diffusion.caption_drop = {self.caption_drop} must be from 0 to 1")
         at_least("diffusion", 0, shift_reference_tokens=self.shift_reference_tokens)
+        require(
+            0 <= self.sigma_min < self.sigma_max <= 1,
+            f"diffusion.sigma_min = {self.sigma_min} and diffusion.sigma_max = {self.sigma_max} must be from 0 to 1, "
+            "the first below the second",
+        )
+
+    @property
+    def has_all_levels(self) -> bool:
+        """Whether every noise level is trained on: alone, such a model can sample."""
+        return (self.sigma_min, self.sigma_max) == (0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

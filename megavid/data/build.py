@@ -29,6 +29,10 @@ def build_source(config: RunConfig) -> ClipSource:
         ConfigError: the model cannot take synthetic clips.
         DataError: a shard is missing or truncated, or was made for a model of other channels or text features.
     """
+    require(
+        config.model.task == "t2v",
+        f"model.task = '{config.model.task}' cannot be trained yet: its conditioning is not in the batch; set 't2v'",
+    )
     if config.data.kind == "synthetic":
         source: ClipSource = SyntheticSource(
             config.train.seed, build_tokenizer(config), spec_of(build_text_encoder(config))

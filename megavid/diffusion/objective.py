@@ -79,9 +79,10 @@ class ValidationObjective:
     A clip's noise is keyed by (seed, "validation", clip.sample, repeat), its level is the stratum of its number.
     """
 
-    def __init__(self, seed: int = 0, *, repeat: int = 0) -> None:
-        """Bind a seed, which runs to be compared must share, and the number of the pass over the clips."""
-        self.seed, self.repeat = seed, repeat
+    def __init__(self, seed: int = 0, *, repeat: int = 0, levels: tuple[float, float] = (0.0, 1.0)) -> None:
+        """Bind a seed and the range of noise levels, which runs to be compared must share, and the number of the pass
+        over the clips."""
+        self.seed, self.repeat, self.levels = seed, repeat, levels
 
     def noise(self, batch: LatentBatch, numbers: Sequence[int] | None = None) -> Noised:
         """Noise a validation microbatch.
@@ -93,7 +94,7 @@ class ValidationObjective:
         clips = batch.clips
         numbers = [clip.draw for clip in clips] if numbers is None else numbers
         keys = [key_of(self.seed, "validation", clip.sample, self.repeat) for clip in clips]
-        sigmas = [stratified_sigma(number, repeat=self.repeat) for number in numbers]
+        sigmas = [stratified_sigma(number, repeat=self.repeat, levels=self.levels) for number in numbers]
         return add_noise(batch, keys, sigmas)
 
     def loss(self, velocity_BTP: Tensor, noised: Noised) -> ClipLosses:

@@ -5,6 +5,7 @@ the same code serves random draws and even strata. Host arithmetic in fp64: a ha
 """
 
 import math
+from functools import cache
 from statistics import NormalDist
 
 from megavid.config.schema import DiffusionConfig
@@ -14,6 +15,9 @@ from megavid.ops.philox import key_of, uniform_at
 
 TIMESTEP_SCALE = 1000.0
 """A model is told timestep = 1000 * sigma."""
+
+_SMALLEST_SHARE = 1e-6
+"""Of a distribution's draws that a range of noise levels must hold: below it few uniform numbers are left."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -60,19 +64,56 @@ def shift_of_clip(tokens: int, config: DiffusionConfig) -> float:
 
 
 def training_sigma(draw: int, tokens: int, config: DiffusionConfig, seed: int) -> float:
-    """Noise level at which draw number ``draw`` of the run is trained, shifted."""
-    sigma = sigma_at(uniform_at(key_of(seed, "timestep"), draw), config)
-    return shift_sigma(sigma, shift=shift_of_clip(tokens, config))
+    """Noise level at which draw number ``draw`` of the run is trained, shifted.
+
+    The distribution of all levels, cut to ``config.sigma_min`` to ``config.sigma_max``: still one uniform number.
+
+    Raises:
+        ConfigError: the distribution has no level in that range.
+    """
+    shift = shift_of_clip(tokens, config)
+    low, high = _quantiles(config, shift)
+    sigma = sigma_at(low + uniform_at(key_of(seed, "timestep"), draw) * (high - low), config)
+    return min(max(shift_sigma(sigma, shift=shift), config.sigma_min), config.sigma_max)
 
 
-def stratified_sigma(number: int, *, repeat: int = 0) -> float:
-    """Noise level of validation clip ``number`` (from 0): evenly spread over (0, 1), however many clips there are.
+@cache
+def _quantiles(config: DiffusionConfig, shift: float) -> tuple[float, float]:
+    """Uniform numbers between which the shifted noise level is from sigma_min to sigma_max."""
+
+    def level(quantile: float) -> float:
+        return shift_sigma(sigma_at(quantile, config), shift=shift)
+
+    is_rising = level(0.75) > level(0.25)
+
+    def quantile_of(sigma: float) -> float:
+        if sigma in (0.0, 1.0):
+            return sigma if is_rising else 1 - sigma
+        low, high = 0.0, 1.0
+        while low < (middle := (low + high) / 2) < high and middle > 1e-300:  # until no number is between them
+            is_below = level(middle) < sigma
+            low, high = (middle, high) if is_below == is_rising else (low, middle)
+        return high
+
+    low, high = sorted(quantile_of(sigma) for sigma in (config.sigma_min, config.sigma_max))
+    if not 0 <= low < high <= 1 or high - low < _SMALLEST_SHARE:
+        raise ConfigError(
+            f"diffusion.sigma_min = {config.sigma_min} to sigma_max = {config.sigma_max} holds hardly any of the noise "
+            f"levels that diffusion.timestep_sampling = '{config.timestep_sampling}' draws at shift {shift:g} (a share "
+            f"of {high - low:.1e}); widen it, or draw 'uniform'"
+        )
+    return low, high
+
+
+def stratified_sigma(number: int, *, repeat: int = 0, levels: tuple[float, float] = (0.0, 1.0)) -> float:
+    """Noise level of validation clip ``number`` (from 0): evenly spread over ``levels``, however many clips there are.
 
     Weyl's sequence of the golden ratio, moved on by another irrational for each further pass over the clips. It
     knows no shift and no distribution, so that validation losses of runs with different recipes compare, and every
     noise bucket gets its share.
     """
-    return (0.5 + number * _GOLDEN + repeat * math.sqrt(2)) % 1.0
+    low, high = levels
+    return low + (0.5 + number * _GOLDEN + repeat * math.sqrt(2)) % 1.0 * (high - low)
 
 
 def sigma_schedule(steps: int, *, shift: float) -> tuple[float, ...]:

@@ -109,6 +109,12 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         config.data.pack_tokens % (tp * cp) == 0,
         f"data.pack_tokens = {config.data.pack_tokens} must be a multiple of parallel.tensor x context = {tp * cp}",
     )
+    require(
+        config.log.sample_interval_steps == 0 or config.diffusion.has_all_levels,
+        f"log.sample_interval_steps = {config.log.sample_interval_steps} needs all noise levels, this model is "
+        f"trained from diffusion.sigma_min = {config.diffusion.sigma_min} to sigma_max = "
+        f"{config.diffusion.sigma_max}; set 0, and sample with both experts later",
+    )
     microbatches = train.global_batch_size // (train.micro_batch_size * dp)
     require(
         parallel.virtual_pipeline == 1 or microbatches % pp == 0,

@@ -144,6 +144,8 @@ def block_tensors(model: ModelConfig, layer: int) -> Iterator[Tensor]:
     for kind in ("weight", "bias"):
         yield Tensor(name=f"{name}.cross_norm.{kind}", shape=(width,), part="attention")
     yield from _attention(f"{name}.cross_attention", width)
+    if model.image_size:
+        yield from _image_attention(f"{name}.cross_attention", width)
     if not model.is_moe_layer(layer):
         yield from _pair(f"{name}.ffn", width, model.ffn_size, part="dense_ffn", cut_over="tp")
         return
@@ -176,7 +178,7 @@ def _is_first_copy(tensor: Tensor, place: dict[str, int]) -> bool:
 
 
 def embedder_tensors(model: ModelConfig, *, is_first: bool) -> Iterator[Tensor]:
-    """The patch embedding (first stage), and the time and text MLPs, which every stage holds."""
+    """The patch embedding (first stage), and the time, text and image MLPs, which every stage holds."""
     width, patch = model.hidden_size, model.in_channels * model.patch_volume
     if is_first:
         yield Tensor(name="patch_embedder.weight", shape=(width, patch), part="embedders", stages="first")
@@ -190,6 +192,31 @@ def embedder_tensors(model: ModelConfig, *, is_first: bool) -> Iterator[Tensor]:
     ):
         yield Tensor(name=f"{name}.weight", shape=(rows, columns), part="embedders", stages="all")
         yield Tensor(name=f"{name}.bias", shape=(rows,), part="embedders", stages="all")
+    if model.image_size:
+        yield from _image_embedder(model)
+
+
+def _image_embedder(model: ModelConfig) -> Iterator[Tensor]:
+    """Image features to the model's width: two norms, two matrices, and in some models a position for each token."""
+    width, image = model.hidden_size, model.image_size
+    shapes: list[tuple[str, tuple[int, ...]]] = [
+        ("norm_in.weight", (image,)), ("norm_in.bias", (image,)),
+        ("up.weight", (image, image)), ("up.bias", (image,)),
+        ("down.weight", (width, image)), ("down.bias", (width,)),
+        ("norm_out.weight", (width,)), ("norm_out.bias", (width,)),
+    ]  # fmt: skip
+    if model.image_positions:
+        shapes.append(("positions", (model.image_positions, image)))
+    for name, shape in shapes:
+        yield Tensor(name=f"image_embedder.{name}", shape=shape, part="embedders", stages="all")
+
+
+def _image_attention(name: str, width: int) -> Iterator[Tensor]:
+    """Keys and values of the image tokens, beside those of the text."""
+    for matrix in ("image_k", "image_v"):
+        yield Tensor(name=f"{name}.{matrix}.weight", shape=(width, width), part="attention", cut_over="tp")
+        yield Tensor(name=f"{name}.{matrix}.bias", shape=(width,), part="attention", cut_over="tp")
+    yield Tensor(name=f"{name}.image_k_norm.weight", shape=(width,), part="attention", cut_over="tp")
 
 
 def _attention(name: str, width: int) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from megavid.training.state import TrainState
 INIT_MAY_DIFFER: dict[str, str] = {
     "model.text_length": "no weight has this length; captions are padded to it",
     "model.latent_frame_rate": "a unit of time; no weight depends on it",
+    "model.task": "no weight depends on it; the channels that it asks for do",
     "model.moe.top_k": "the same experts, more or fewer for each token",
     "model.moe.num_groups": "a limit on routing",
     "model.moe.top_groups": "a limit on routing",

@@ -44,7 +44,8 @@ def validation_loss(
     with weight 0, because ranks that share experts run every forward pass together. Context-parallel ranks each take
     their span of the tokens.
     """
-    mesh, objective = engine.mesh, ValidationObjective()
+    mesh, diffusion = engine.mesh, engine.config.diffusion
+    objective = ValidationObjective(levels=(diffusion.sigma_min, diffusion.sigma_max))
     dp, mine = mesh.size("dp"), mesh.coordinate("dp")
     sums = torch.zeros(2, NOISE_BUCKETS, dtype=torch.float64)
     for first in range(0, len(batches), dp):

@@ -68,6 +68,39 @@ def test_a_flag_reads_as_its_type(items: list[str], key: str, expected: object) 
         (["--model.moe.router", "sigmoids"], r"^model\.moe\.router must be one of \"sigmoid\", .*got 'sigmoids'$"),
         (["--data.path", "\udcff"], r"^data\.path must be valid text"),
         (["--train.steps", "0"], r"^train\.steps = 0 must be at least 1$"),
+        (["--model.task", "i2v"], r"^model\.in_channels = 32 must be above twice model\.out_channels = 32 with"),
+        (
+            ["--model.task", "ti2v", "--model.in_channels", "36"],
+            r"in_channels = 36 must be model\.out_channels = 32 with",
+        ),
+        (
+            ["--model.task", "ti2v", "--model.patch_size", "2,2,2"],
+            r"^model\.patch_size = \(2, 2, 2\) must have 1 latent",
+        ),
+        (["--model.image_size", "8"], r"^model\.image_size = 8 is read by model\.task = 'i2v' only, got 't2v'; set 0$"),
+        (["--model.image_length", "9"], r"^model\.image_length = 9 and model\.image_positions = 0 are read with"),
+        (["--model.image_positions", "9"], r"model\.image_positions = 9 are read with model\.image_size > 0 only"),
+        (
+            [
+                "--model.task",
+                "i2v",
+                "--model.in_channels",
+                "68",
+                "--model.image_size",
+                "8",
+                "--model.image_positions",
+                "9",
+            ],
+            r"^model\.image_positions = 9 must be 0 or model\.image_length = 257$",
+        ),
+        (
+            ["--diffusion.sigma_min", "1"],
+            r"^diffusion\.sigma_min = 1\.0 and diffusion\.sigma_max = 1\.0 must be from 0",
+        ),
+        (
+            ["--diffusion.sigma_max", "1.1"],
+            r"diffusion\.sigma_max = 1\.1 must be from 0 to 1, the first below the second$",
+        ),
         (["--model.moe.top_k", "9"], r"^model\.moe\.top_k = 9 must be at most model\.moe\.num_experts = 8$"),
     ],
 )

@@ -1,5 +1,6 @@
 """Noise levels: the shift, the three distributions against their closed forms, strata and schedules."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -129,3 +130,45 @@ def test_schedule_falls_from_one_to_zero():
     assert all(a > b for a, b in pairwise(shifted))
     with pytest.raises(ValueError, match="steps = 0 must be at least 1"):
         sigma_schedule(0, shift=1.0)
+
+
+RECIPES = {
+    "uniform": DiffusionConfig(timestep_sampling="uniform", flow_shift=5.0),
+    "logit_normal": DiffusionConfig(flow_shift=12.0, logit_mean=0.3),
+    "mode": DiffusionConfig(timestep_sampling="mode", flow_shift=3.0),
+    "by tokens": DiffusionConfig(flow_shift=3.0, shift_reference_tokens=24),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_range_of_levels_is_the_same_distribution_cut_to_it(name):
+    recipe = RECIPES[name]
+    low = dataclasses.replace(recipe, sigma_max=0.875)
+    high = dataclasses.replace(recipe, sigma_min=0.875)
+    everything = levels(recipe)
+    share = float((everything < 0.875).double().mean())
+    for part, expected in ((low, everything[everything < 0.875]), (high, everything[everything >= 0.875])):
+        found = levels(part)
+        assert part.sigma_min <= found[0]
+        assert found[-1] <= part.sigma_max
+        for quantile in (0.1, 0.5, 0.9):
+            assert float(found.quantile(quantile)) == pytest.approx(float(expected.quantile(quantile)), abs=0.02)
+    assert 0.05 < share < 0.95  # both halves were tested
+
+
+def test_a_range_next_to_all_levels_moves_draws_by_next_to_nothing():
+    recipe = RECIPES["logit_normal"]
+    nearly = dataclasses.replace(recipe, sigma_min=1e-9, sigma_max=1 - 1e-9)
+    torch.testing.assert_close(levels(nearly), levels(recipe), rtol=0, atol=1e-6)
+
+
+def test_a_range_that_the_distribution_never_meets_is_refused():
+    recipe = DiffusionConfig(logit_mean=-3.0, logit_std=0.1, sigma_min=0.9)
+    with pytest.raises(ConfigError, match=r"sigma_min = 0.9 to sigma_max = 1.0 holds hardly any .* draw 'uniform'$"):
+        training_sigma(0, 96, recipe, 1)
+
+
+def test_validation_levels_fill_the_range_of_an_expert():
+    levels_of_expert = [stratified_sigma(number, levels=(0.875, 1.0)) for number in range(64)]
+    assert 0.875 < min(levels_of_expert) < 0.88
+    assert 0.995 < max(levels_of_expert) < 1

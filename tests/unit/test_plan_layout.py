@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from megavid.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megavid.config.schema import (
+    DataConfig,
+    DiffusionConfig,
+    LogConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megavid.errors import ConfigError
 from megavid.plan.layout import Layout, layers_of_chunk, layout_of
 
@@ -34,6 +42,13 @@ def config(**parallel: Any) -> RunConfig:
 def test_an_illegal_layout_says_what_got_limit_and_where(world: int, parallel: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         layout_of(config(**parallel), world)
+
+
+def test_an_expert_for_some_noise_levels_draws_no_pictures_while_it_trains() -> None:
+    half = replace(config(), diffusion=DiffusionConfig(sigma_min=0.9))
+    assert layout_of(half, 1).world_size == 1
+    with pytest.raises(ConfigError, match=r"needs all noise levels, .* sigma_min = 0\.9 to sigma_max = 1\.0"):
+        layout_of(replace(half, log=LogConfig(sample_interval_steps=5)), 1)
 
 
 def test_a_dense_model_has_no_experts_to_share() -> None:
