@@ -35,7 +35,7 @@ THREADS = 4
 
 
 @dataclass(frozen=True)
-class _Read:
+class RegionRead:
     """One region of a saved box on its way to ``target``, a view of a fragment's data."""
 
     saved: SavedBox
@@ -125,7 +125,7 @@ class Checkpoint:
             for _ in pool.map(lambda name: self._read_file(name, reads[name]), sorted(reads)):
                 pass
 
-    def _plan(self, fragments: Sequence[Fragment]) -> dict[str, list[_Read]]:
+    def _plan(self, fragments: Sequence[Fragment]) -> dict[str, list[RegionRead]]:
         """What to read, by file."""
         missing = sorted({fragment.name for fragment in fragments} - self.index.tensors.keys())
         if missing:
@@ -134,7 +134,7 @@ class Checkpoint:
                 f"{self.folder} has no tensor {names} ({len(missing)} missing); "
                 "it is of another model, or of a run without this optimizer or EMA"
             )
-        reads: dict[str, list[_Read]] = defaultdict(list)
+        reads: dict[str, list[RegionRead]] = defaultdict(list)
         for fragment in fragments:
             record = self.index.record(fragment.name)
             assert record is not None
@@ -146,8 +146,8 @@ class Checkpoint:
                 found = 0
                 for saved, region in record.meeting(box):
                     found += region.numel
-                    target = whole[_slices(region, box)]
-                    reads[saved.file].append(_Read(saved, region, DTYPES[record.code], target))
+                    target = whole[slices(region, box)]
+                    reads[saved.file].append(RegionRead(saved, region, DTYPES[record.code], target))
                 if found != box.numel:
                     raise CheckpointError(
                         f"{self.folder}: tensor {fragment.name} offset {list(box.offset)} shape {list(box.shape)} "
@@ -187,24 +187,25 @@ class Checkpoint:
             )
 
     @torch.no_grad()
-    def _read_file(self, name: str, reads: list[_Read]) -> None:
+    def _read_file(self, name: str, reads: list[RegionRead]) -> None:
         path = self.folder / name
         with reading(path):
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 for read in sorted(reads, key=lambda read: read.saved.start):
-                    _read_region(descriptor, path, read)
+                    read_region(descriptor, path, read)
             finally:
                 os.close(descriptor)
 
 
-def _slices(region: Box, within: Box) -> tuple[slice, ...]:
+def slices(region: Box, within: Box) -> tuple[slice, ...]:
+    """Where ``region`` lies in a tensor that holds the box ``within``."""
     return tuple(
         slice(low - base, low - base + extent) for low, extent, base in zip(region.offset, region.shape, within.offset)
     )
 
 
-def _read_region(descriptor: int, path: Path, read: _Read) -> None:
+def read_region(descriptor: int, path: Path, read: RegionRead) -> None:
     """Read one region, in pieces of at most ``READ_BYTES``, and copy each to its place."""
     strides, width = _strides(read.saved.box.shape), read.dtype.itemsize
     for piece in _pieces(read.region, strides, width):
@@ -212,7 +213,7 @@ def _read_region(descriptor: int, path: Path, read: _Read) -> None:
         content = bytearray(_span(piece, strides) * width)
         _read_exactly(descriptor, content, read.saved.start + first * width, path)
         source = torch.frombuffer(content, dtype=read.dtype).as_strided(piece.shape, strides)
-        read.target[_slices(piece, read.region)].copy_(source)
+        read.target[slices(piece, read.region)].copy_(source)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
