@@ -37,6 +37,15 @@ assert "torch" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+def test_serving_needs_neither_megatron_core_nor_the_trainer() -> None:
+    done = _python(
+        "import megavid.inference, sys; "
+        "own = {name.split('.')[1] for name in sys.modules if name.startswith('megavid.')}; "
+        "assert 'megatron' not in sys.modules and own == {'config', 'errors', 'inference', 'ops'}, own"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "argv",
     [
