@@ -18,9 +18,9 @@ from megavid.models.build import Build, column_linear, row_linear
 from megavid.models.moe.layer import build_moe
 from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo
-from megavid.ops.norm import gated_residual, layer_norm, modulated_norm, wide
+from megavid.ops.norm import gated_residual, layer_norm, modulated_norm, residual, wide
 from megavid.ops.packs import Pack, Span
-from megavid.ops.regions import in_region
+from megavid.ops.regions import region
 from megavid.parallel.context.recompute import keep_attention
 from megavid.parallel.placement import Init
 
@@ -105,29 +105,26 @@ class Block(nn.Module):
             return result
         return self._block(x_tBD, given)
 
-    @in_region("norms")
     def _block(self, x_tBD: Tensor, given: Conditioning) -> tuple[Tensor, RoutingStats | None]:
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (wide(self.table) + given.modulation_R6D).unbind(1)
+        with region("modulation"):
+            shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (wide(self.table) + given.modulation_R6D).unbind(1)
         row = given.row_tB
         update = self._maybe_again(self._attend, x_tBD, shift, scale, given, context_fn=keep_attention)
         x_tBD = gated_residual(x_tBD, update, gate, row)
-        x_tBD = x_tBD + self._maybe_again(self._attend_to_text, x_tBD, given)
+        x_tBD = residual(x_tBD, self._maybe_again(self._attend_to_text, x_tBD, given))
         update, stats = self._maybe_again(self._feed, x_tBD, ffn_shift, ffn_scale, given)
         return gated_residual(x_tBD, update, ffn_gate, row), stats
 
-    @in_region("norms")
     def _attend(self, x_tBD: Tensor, shift: Tensor, scale: Tensor, given: Conditioning) -> Tensor:
         normed = modulated_norm(x_tBD, shift, scale, given.row_tB, self.eps)
         out: Tensor = self.self_attention(normed, given.cos, given.sin, given.attend)
         return out
 
-    @in_region("norms")
     def _attend_to_text(self, x_tBD: Tensor, given: Conditioning) -> Tensor:
         normed = layer_norm(x_tBD, self.eps, self.cross_norm_weight, self.cross_norm_bias)
         out: Tensor = self.cross_attention(normed, given.text_LGD, given.packs, given.span)
         return out
 
-    @in_region("norms")
     def _feed(
         self, x_tBD: Tensor, shift: Tensor, scale: Tensor, given: Conditioning
     ) -> tuple[Tensor, RoutingStats | None]:

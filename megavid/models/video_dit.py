@@ -23,6 +23,7 @@ from megavid.models.moe.tokens import TokenInfo, noise_bucket
 from megavid.models.transformer import transformer_config
 from megavid.ops.block_attention_library import block_attention
 from megavid.ops.packs import clip_index, positions
+from megavid.ops.regions import in_region, region
 from megavid.ops.rope import place_code, rope_angles
 from megavid.parallel import mcore
 from megavid.parallel.context.attention import ContextParallelAttention
@@ -76,8 +77,8 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
             inputs: noised packs and what they are conditioned on, the same on every stage: this rank's span of them.
             aux_scale: weight of one clip's router losses, 1 / clips of the global batch; 0 leaves them out.
         """
-        row_TB = inputs.row_BT.t()
-        row_tB = self._own_tokens(row_TB)
+        with region("token_index"):
+            row_tB = self._own_tokens(inputs.row_BT.t())
         head_RD, modulation_R6D = self.timestep_embedder(inputs.timestep_R)
         given = self._conditioning(inputs, modulation_R6D, row_tB, aux_scale)
         if self.pre_process:
@@ -91,6 +92,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
                 self._keep(block.layer, stats)
         return self._velocity(x_tBD, head_RD, row_tB) if self.post_process else x_tBD
 
+    @in_region("embedders")
     def _embed_patches(self, inputs: ModelInput) -> Tensor:
         x_tBD: Tensor = self.patch_embedder(self._own_tokens(inputs.patches_BTP.transpose(0, 1)))
         if not self.model.absolute_positions:
@@ -98,6 +100,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         place_TB3 = self._places(inputs, x_tBD.device)
         return x_tBD + self._own_tokens(place_code(place_TB3, self.model.hidden_size)).to(x_tBD.dtype)
 
+    @in_region("head")
     def _velocity(self, x_tBD: Tensor, head_RD: Tensor, row_tB: Tensor) -> Tensor:
         velocity_tBP: Tensor = self.head(x_tBD, head_RD, row_tB)
         if self.mesh.is_sequence_parallel:
@@ -119,6 +122,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         routing, self.routing = self.routing, {}
         return routing
 
+    @in_region("routing_statistics")
     def _keep(self, layer: int, stats: RoutingStats) -> None:
         detached = RoutingStats(*(value.detach() for value in stats))
         before = self.routing.get(layer)
@@ -134,6 +138,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         place_BT3 = positions(inputs.packs, self.model.latent_frame_rate, inputs.span)
         return place_BT3.to(device).transpose(0, 1)
 
+    @in_region("attention_plan")
     def _attention(self, inputs: ModelInput) -> Attend:
         """Attention of every clip of these packs to itself, the same object for all blocks: it is planned once."""
         layout = self.mesh.cp_layout(inputs.packs[0].tokens)
@@ -141,21 +146,26 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         attention = ContextParallelAttention(layout, layout.groups.plan.kind, self.attention_backend)
         return partial(attention, plans=tuple(AttnPlan.packed(pack) for pack in inputs.packs))
 
+    @in_region("token_index")
+    def _token_info(self, inputs: ModelInput, row_tB: Tensor, aux_scale: float) -> TokenInfo:
+        clip_tB = self._own_tokens(clip_index(inputs.packs, inputs.span).to(row_tB.device).t())
+        lengths = [clip.tokens for pack in inputs.packs for clip in pack.clips]
+        return TokenInfo(
+            clip_T=clip_tB.reshape(-1),
+            bucket_T=noise_bucket(inputs.timestep_R / 1000.0)[row_tB.reshape(-1)],
+            num_clips=len(lengths),
+            tokens_of_clip_G=torch.tensor(lengths, device=row_tB.device),
+            aux_scale=aux_scale,
+        )
+
     def _conditioning(
         self, inputs: ModelInput, modulation_R6D: Tensor, row_tB: Tensor, aux_scale: float
     ) -> Conditioning:
         model, device = self.model, modulation_R6D.device
-        angles = rope_angles(self._places(inputs, device), model.head_size).unsqueeze(2)
         wide_dtype = torch.float64 if modulation_R6D.dtype == torch.float64 else torch.float32
-        clip_tB = self._own_tokens(clip_index(inputs.packs, inputs.span).to(device).t())
-        lengths = [clip.tokens for pack in inputs.packs for clip in pack.clips]
-        tokens = TokenInfo(
-            clip_T=clip_tB.reshape(-1),
-            bucket_T=noise_bucket(inputs.timestep_R / 1000.0)[row_tB.reshape(-1)],
-            num_clips=len(lengths),
-            tokens_of_clip_G=torch.tensor(lengths, device=device),
-            aux_scale=aux_scale,
-        )
+        with region("rotary"):
+            angles = rope_angles(self._places(inputs, device), model.head_size).unsqueeze(2)
+            cos, sin = angles.cos().to(wide_dtype), angles.sin().to(wide_dtype)
         return Conditioning(
             packs=inputs.packs,
             span=inputs.span,
@@ -163,9 +173,9 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
             modulation_R6D=modulation_R6D,
             row_tB=row_tB,
             text_LGD=self.text_embedder(inputs.text_GLD),
-            cos=angles.cos().to(wide_dtype),
-            sin=angles.sin().to(wide_dtype),
-            tokens=tokens,
+            cos=cos,
+            sin=sin,
+            tokens=self._token_info(inputs, row_tB, aux_scale),
         )
 
 

@@ -8,12 +8,15 @@ their own.
 import torch
 from torch import Tensor
 
+from megavid.ops.regions import in_region
+
 
 def wide(x: Tensor) -> Tensor:
     """``x`` in at least fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
+@in_region("norms")
 def layer_norm(x_tBD: Tensor, eps: float, weight_D: Tensor | None = None, bias_D: Tensor | None = None) -> Tensor:
     """LayerNorm over the width with fp32 statistics; affine where weight and bias are given."""
     weight = None if weight_D is None else wide(weight_D)
@@ -21,6 +24,7 @@ def layer_norm(x_tBD: Tensor, eps: float, weight_D: Tensor | None = None, bias_D
     return torch.nn.functional.layer_norm(wide(x_tBD), x_tBD.shape[-1:], weight, bias, eps).type_as(x_tBD)
 
 
+@in_region("norms")
 def modulated_norm(x_tBD: Tensor, shift_RD: Tensor, scale_RD: Tensor, row_tB: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine, then ``normed * (1 + scale) + shift`` with each token's row of the table.
 
@@ -40,9 +44,16 @@ def modulated_norm(x_tBD: Tensor, shift_RD: Tensor, scale_RD: Tensor, row_tB: Te
     return (normed * (1 + shift_or_gate(scale_RD, row_tB)) + shift_or_gate(shift_RD, row_tB)).type_as(x_tBD)
 
 
+@in_region("residuals")
 def gated_residual(x_tBD: Tensor, update_tBD: Tensor, gate_RD: Tensor, row_tB: Tensor) -> Tensor:
     """``x + update * gate`` in fp32 with each token's row of the table; the dtype of x."""
     return (wide(x_tBD) + wide(update_tBD) * shift_or_gate(gate_RD, row_tB)).type_as(x_tBD)
+
+
+@in_region("residuals")
+def residual(x_tBD: Tensor, update_tBD: Tensor) -> Tensor:
+    """``x + update``: a residual connection without a gate."""
+    return x_tBD + update_tBD
 
 
 def shift_or_gate(table_RD: Tensor, row_tB: Tensor) -> Tensor:

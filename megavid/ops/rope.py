@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megavid.ops.norm import wide
+from megavid.ops.regions import in_region
 
 
 def axis_widths(head_size: int) -> tuple[int, int, int]:
@@ -45,6 +46,7 @@ def place_code(place_TB3: Tensor, width: int) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(-2)
 
 
+@in_region("rotary")
 def rotate(x_TBNA: Tensor, cos_TB1h: Tensor, sin_TB1h: Tensor) -> Tensor:
     """Rotate neighbouring pairs of the last dim by angles whose cosines and sines are [T, B, 1, A / 2].
 

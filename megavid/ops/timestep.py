@@ -5,7 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from megavid.ops.regions import in_region
 
+
+@in_region("timestep_features")
 def timestep_features(timestep_R: Tensor, width: int) -> Tensor:
     """Cosines, then sines, of the timestep at ``width / 2`` wavelengths up to 10,000; [R, width] fp32.
 

@@ -162,6 +162,20 @@ class Engine(Generic[Microbatch]):
         )
         return kept
 
+    @contextmanager
+    def timed_by(self, timers: Any) -> Iterator[None]:
+        """While entered, megatron-core's schedules tell ``timers`` what they do.
+
+        Args:
+            timers: called with a name (and ``log_level``), such as "backward-compute" or "forward-recv", to something
+                with ``start`` and ``stop``.
+        """
+        before, self._transformer.timers = self._transformer.timers, timers
+        try:
+            yield
+        finally:
+            self._transformer.timers = before
+
     # Weights --------------------------------------------------------------------------------------------------------
 
     def fragments(self) -> list[Fragment]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megavid.config.schema import OptimizerConfig
-from megavid.ops.regions import in_region
+from megavid.ops.regions import in_region, region
 from megavid.parallel import mcore
 from megavid.parallel.fragment import Fragment, boxes_of_range
 from megavid.parallel.mesh import Mesh
@@ -115,6 +115,10 @@ class ShardedAdamW:
                 mcore.clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.clip_norm, gradient_norm)
         self._chained.step_with_ready_grads()
         self.updates += 1
+        with region("average"):
+            self._move_average()
+
+    def _move_average(self) -> None:
         for shard in self.shards:
             if shard.ema is not None:
                 shard.ema.lerp_(shard.master.detach(), 1.0 - self._ema_decay())
@@ -126,7 +130,7 @@ class ShardedAdamW:
         """
         return min(self.config.ema_decay, (1 + self.updates) / (10 + self.updates))
 
-    @in_region("optimizer")
+    @in_region("zero_gradients")
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for chunk in self._chunks:

@@ -4,7 +4,7 @@ Owns the rule. The host's thread is a stack of slices; the moment belongs to the
 parts. A node of autograd belongs to the part whose operator made it, which they tell by autograd's sequence numbers; a
 region inside a node is recomputation. A moment inside an operator is work, one between operators is the host's (Python,
 autograd, the schedule), inside a region of a collective it is communication. What lies in no region but the step's own
-belongs to no part.
+and the schedule's belongs to no part, for neither names one.
 """
 
 from collections import defaultdict
@@ -21,8 +21,18 @@ Kind = Literal["operators", "host"]
 
 STEP = "step"
 """The region of a whole step."""
-STEP_PARTS = frozenset({"input_wait", "gradients", "optimizer", "statistics", "reports", "schedule"})
+STEP_PARTS = frozenset(
+    {
+        "input_wait", "batch", "zero_gradients", "messages", "gradients", "optimizer", "average", "statistics",
+        "reports",
+    }
+)  # fmt: skip
 """Regions of a step that are neither forward nor backward pass."""
+BACKWARD_PARTS = frozenset({"autograd"})
+"""Regions of the backward pass that are no node's: autograd's engine, between one node and the next."""
+SCHEDULE = "schedule"
+"""The region of all microbatches' passes. It only says when they were: what is in no region inside it belongs to no
+part."""
 NOBODY = "none"
 """The part of moments that belong to none."""
 
@@ -183,7 +193,7 @@ def frames(slices: Iterable[Slice], made_by: Mapping[int, Call]) -> Iterator[Fra
             elif piece.name.startswith(PREFIX):
                 frame = _of_region(piece.name.removeprefix(PREFIX), stop_ns, parent, numbers)
             elif piece.name.startswith(_NODE):
-                frame = _of_node(piece, stop_ns, parent, made_by)
+                frame = _of_node(piece, stop_ns, made_by)
             else:
                 is_work = parent.owner.kind == "operators" or _is_operator(piece.name)
                 owner = parent.owner._replace(kind="operators" if is_work else "host")
@@ -197,6 +207,10 @@ def _of_region(name: str, stop_ns: int, parent: Frame, numbers: dict[str, int]) 
         axis = name.removeprefix(COMMUNICATION)
         return parent._replace(stop_ns=stop_ns, owner=Owner("communication", axis, "host"))
     part, _, layer = name.partition("/")
+    if part == SCHEDULE:
+        return parent._replace(stop_ns=stop_ns)
+    if part in BACKWARD_PARTS:
+        return Frame(stop_ns, Owner("backward", part, "host"), NO_CALL, False)
     if parent.in_node:
         return parent._replace(stop_ns=stop_ns, owner=Owner("recompute", part, "host"))
     phase: Phase = "step" if part in STEP_PARTS else "forward"
@@ -205,13 +219,11 @@ def _of_region(name: str, stop_ns: int, parent: Frame, numbers: dict[str, int]) 
     return Frame(stop_ns, Owner(phase, part, "host"), call, False)
 
 
-def _of_node(piece: Slice, stop_ns: int, parent: Frame, made_by: Mapping[int, Call]) -> Frame:
+def _of_node(piece: Slice, stop_ns: int, made_by: Mapping[int, Call]) -> Frame:
     if piece.name.endswith(_ACCUMULATE):
         return Frame(stop_ns, Owner("backward", "accumulate", "host"), NO_CALL, True)
     call = made_by.get(piece.sequence, NO_CALL)
-    # A node that nothing of this trace made belongs to where the backward pass was started.
-    part = call.part if call.part != NOBODY else parent.owner.part
-    return Frame(stop_ns, Owner("backward", part, "host"), call, True)
+    return Frame(stop_ns, Owner("backward", call.part, "host"), call, True)
 
 
 def _is_operator(name: str) -> bool:

@@ -24,12 +24,47 @@ def instrumented(engine: Engine[Any]) -> Iterator[None]:
         for chunk in engine.chunks:
             for name, module in named_parts(chunk):
                 _mark(module, name, stack)
+        stack.enter_context(engine.timed_by(ScheduleTimers()))
         yield
+
+
+class ScheduleTimers:
+    """What megatron-core's schedules time, as regions: the backward passes, and messages between stages.
+
+    The timers of forward passes and of the whole are left out: all that they hold has regions of its own.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing running."""
+        self._timers: dict[str, _Timer] = {}
+
+    def __call__(self, name: str, log_level: int = 0) -> "_Timer":
+        """The timer of this name."""
+        if name not in self._timers:
+            is_message = name.endswith(("-send", "-recv"))
+            part = "messages" if is_message else {"backward-compute": "autograd"}.get(name, "")
+            self._timers[name] = _Timer(part)
+        return self._timers[name]
+
+
+class _Timer:
+    def __init__(self, part: str) -> None:
+        self.part = part
+        self._open: Any = None
+
+    def start(self, barrier: bool = False) -> None:
+        if self.part:
+            self._open = mark(self.part)
+            self._open.__enter__()
+
+    def stop(self, barrier: bool = False) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
 
 
 def named_parts(chunk: VideoTransformer) -> Iterator[tuple[str, nn.Module]]:
     """(part, module) of everything in a chunk that a profile tells apart; inner modules take from outer ones."""
-    yield "conditioning", chunk
     yield "modulation", chunk.timestep_embedder
     yield "embedders", chunk.text_embedder
     if chunk.pre_process:
@@ -46,7 +81,6 @@ def _of_block(block: Block) -> Iterator[tuple[str, nn.Module]]:
     yield "cross_attention", block.cross_attention
     if block.is_moe:
         moe = block.feed_forward
-        yield "router", moe
         yield "router", moe.router
         yield f"experts/{block.layer}", moe.experts
         if moe.shared is not None:

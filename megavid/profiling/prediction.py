@@ -16,7 +16,7 @@ from megavid.plan.layout import Layout
 from megavid.plan.time import step_time
 from megavid.plan.workload import Workload
 from megavid.profiling.attribution import NOBODY, Owner
-from megavid.profiling.waterfall import AXES
+from megavid.profiling.waterfall import AXES, OF_STEP
 
 COMMUNICATION: Mapping[str, str] = {
     "tp": "communication: tensor", "cp": "communication: context", "ep": "communication: expert",
@@ -87,8 +87,9 @@ def measured_part(owner: Owner) -> str:
     if owner.phase == "communication":
         return COMMUNICATION.get(AXES.get(owner.part, owner.part), DATA)
     if owner.phase == "step":
-        of_step = {"optimizer": "optimizer", "gradients": "optimizer", "input_wait": "input wait", "schedule": "host"}
-        return of_step.get(owner.part, "statistics and reports")
+        of_step = OF_STEP.get(owner.part)
+        if of_step is not None:
+            return of_step
     if owner.kind == "host":
         return "host"
     if owner.phase == "recompute":

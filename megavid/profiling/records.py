@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from megavid.ops.regions import PREFIX
-from megavid.profiling.attribution import STEP_PARTS, Split
+from megavid.profiling.attribution import SCHEDULE, STEP_PARTS, Split
 from megavid.profiling.trace import Slice, Trace
 
 GIB = 1 << 30
@@ -156,7 +156,7 @@ def memory_timeline(trace: Trace, device: torch.device) -> MemoryTimeline | None
 
 def _phases(slices: Sequence[Slice], step: Slice) -> list[Phase]:
     """Regions of the step itself that take long enough to be seen."""
-    names = {f"{PREFIX}{part}" for part in (*STEP_PARTS, "noise")}
+    names = {f"{PREFIX}{part}" for part in (*STEP_PARTS, SCHEDULE, "noise")}
     found = []
     for piece in sorted(slices):
         is_inside = piece.thread == step.thread and step.start_ns <= piece.start_ns <= step.stop_ns

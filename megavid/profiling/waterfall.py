@@ -33,7 +33,7 @@ UNATTRIBUTED = "no part"
 NOTES: Mapping[str, str] = {
     IDEAL: "model FLOPs, forward and backward pass of the clips, at the peak of all ranks",
     KERNELS: "operators of the parts that have FLOPs, beyond what these FLOPs take at the peak; padding included",
-    OTHER: "operators of norms, modulation, noise, loss, permutation and gradient accumulation: no FLOPs are counted",
+    OTHER: "operators of norms, rotary embedding, noise, loss, permutation, gradient accumulation: no FLOPs counted",
     RECOMPUTE: "forward passes that the backward pass runs again, host time included",
     BUBBLE: "waiting for the neighbouring pipeline stages, transfers included",
     IMBALANCE: "waiting for the busiest experts of the expert group: maximum minus mean of the ranks, call by call",
@@ -43,6 +43,13 @@ NOTES: Mapping[str, str] = {
     REPORTS: "sums of loss, counters and routing, rows and progress",
     UNATTRIBUTED: "in no region that has a name",
 }
+
+
+OF_STEP: Mapping[str, str] = {
+    "optimizer": OPTIMIZER, "gradients": OPTIMIZER, "zero_gradients": OPTIMIZER, "average": OPTIMIZER,
+    "input_wait": INPUT, "statistics": REPORTS, "reports": REPORTS,
+}  # fmt: skip
+"""Bars of the step's own parts; of the others, operators are other operators and what is between them is the host's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +113,7 @@ def _bar_of(owner: Owner) -> str:
     if owner.phase == "recompute":
         return RECOMPUTE
     if owner.phase == "step":
-        of_step = {"optimizer": OPTIMIZER, "gradients": OPTIMIZER, "input_wait": INPUT, "schedule": HOST}
-        return of_step.get(owner.part, REPORTS)
+        return OF_STEP.get(owner.part, OTHER if owner.kind == "operators" else HOST)
     if owner.kind == "host":
         return HOST
     return KERNELS if owner.part in PARTS else OTHER

@@ -62,12 +62,12 @@ def train_step(
     mesh, device = engine.mesh, engine.mesh.device
     model = engine.config.model
     width = model.out_channels * model.patch_volume
-    local = torch.tensor(
-        [sum(b.num_tokens for b in microbatches) * width, sum(len(b.clips) for b in microbatches)],
-        dtype=torch.float64,
-        device=device,
-    )
     with region("statistics"):
+        local = torch.tensor(
+            [sum(b.num_tokens for b in microbatches) * width, sum(len(b.clips) for b in microbatches)],
+            dtype=torch.float64,
+            device=device,
+        )
         elements, clips = mesh.sum(local, over="dp").tolist()
 
     def forward(chunk: Any, noised: Noised) -> Tensor:
@@ -80,10 +80,14 @@ def train_step(
         return part, part.detach().clone()  # the schedule divides the first in place
 
     span = mesh.token_span(engine.config.data.pack_tokens)
-    with region("noise"):
-        noised_batches = [objective.noise(batch.part(span).to(device)) for batch in microbatches]
-    parts = engine.forward_backward(forward, loss_of, noised_batches)
-    loss = _global_loss(engine, parts)
+    noised_batches = []
+    for batch in microbatches:
+        with region("batch"):
+            moved = batch.part(span).to(device)
+        with region("noise"):
+            noised_batches.append(objective.noise(moved))
+    losses = engine.forward_backward(forward, loss_of, noised_batches)
+    loss = _global_loss(engine, losses)
     norm = engine.updates.gradient_norm()
     finite = math.isfinite(loss) and math.isfinite(norm)
     routing = _global_routing(engine)

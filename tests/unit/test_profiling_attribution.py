@@ -57,6 +57,7 @@ def test_backward_belongs_to_the_part_that_made_the_node() -> None:
             at(10, 20, "experts/3"),
             at(11, 19, "aten::mm", sequence=7),
             at(20, 90, "schedule"),
+            at(25, 75, "autograd"),
             at(30, 50, NODE + "MmBackward0", sequence=7),
             at(32, 48, "MmBackward0", sequence=7),
             at(35, 45, "aten::mm"),
@@ -69,10 +70,12 @@ def test_backward_belongs_to_the_part_that_made_the_node() -> None:
     assert found["backward", "experts", "operators"] == 10
     assert found["backward", "experts", "host"] == 10
     assert found["backward", "accumulate", "operators"] == 6
-    assert found["backward", "schedule", "host"] == 10
+    assert found["backward", "autograd", "host"] == 10  # the engine, before the first node and after the last
+    assert found["backward", NOBODY, "host"] == 10  # nothing of this trace made it
     assert ("backward", "norms", "host") not in found
     assert split.calls == pytest.approx({(3, 0): 0.030})
-    assert split.unattributed_s == pytest.approx(0.01)
+    # That node, the schedule's own 20 and what is behind it: a schedule is no part.
+    assert split.unattributed_s == pytest.approx(0.01 + 0.02 + 0.01)
 
 
 def test_regions_inside_a_node_are_recomputation_and_collectives_are_communication_everywhere() -> None:
@@ -101,7 +104,7 @@ def test_regions_inside_a_node_are_recomputation_and_collectives_are_communicati
         ("recompute", "cross_attention", "host"): 6,
         ("backward", "cross_attention", "operators"): 10,
         ("backward", "cross_attention", "host"): 15,
-        ("step", "schedule", "host"): 20,
+        ("step", NOBODY, "host"): 20,
     }
 
 
@@ -135,15 +138,17 @@ def test_waterfall_sums_to_the_step_and_takes_imbalance_from_the_experts_exchang
         {
             Owner("forward", "self_attention", "operators"): 2.0,
             Owner("backward", "experts", "operators"): 3.0,
-            Owner("forward", "norms", "operators"): 0.5,
+            Owner("forward", "norms", "operators"): 0.25,
             Owner("recompute", "experts", "host"): 0.25,
             Owner("communication", "ep", "host"): 0.5,
             Owner("communication", "tp_ep", "host"): 0.25,
             Owner("communication", "intra_dist_opt", "host"): 0.75,
             Owner("communication", "pp", "host"): 1.0,
-            Owner("step", "optimizer", "operators"): 0.5,
+            Owner("step", "zero_gradients", "operators"): 0.25,
             Owner("step", "input_wait", "host"): 0.25,
-            Owner("step", "schedule", "host"): 0.5,
+            Owner("step", "average", "operators"): 0.25,
+            Owner("step", "batch", "operators"): 0.25,
+            Owner("backward", "autograd", "host"): 0.5,
             Owner("backward", "experts", "host"): 0.25,
             Owner("step", "statistics", "host"): 0.125,
             Owner("step", NOBODY, "host"): 0.125,
@@ -203,8 +208,7 @@ def test_gpu_moments_belong_to_kernels_first_then_to_collectives_then_to_the_hos
         ("forward", "experts", "operators"): 20,
         ("communication", "ep", "host"): 10,  # 40 to 50: before and after, a part's kernel runs beside it
         ("backward", "experts", "operators"): 30,
-        ("step", "schedule", "host"): 10,
-        ("step", NOBODY, "host"): 10,
+        ("step", NOBODY, "host"): 20,
     }
     assert split.calls == pytest.approx({(1, 0): 0.050})
     assert sum(split.owners.values()) == pytest.approx(split.seconds)

@@ -16,6 +16,7 @@ from megavid.models.moe.router import Router
 from megavid.models.moe.shared import SharedExpert
 from megavid.models.moe.stats import RoutingStats, routing_stats
 from megavid.models.moe.tokens import TokenInfo
+from megavid.ops.norm import residual
 from megavid.ops.regions import region
 from megavid.parallel import mcore
 from megavid.parallel.placement import Init, Piece, Placement, place
@@ -60,8 +61,9 @@ class VideoMoELayer(nn.Module):
             if self.side_stream is not None:
                 torch.cuda.current_stream().wait_stream(self.side_stream)
                 _keep_for(shared_tBD, torch.cuda.current_stream())
-            out_tBD = out_tBD + shared_tBD
-        return out_tBD, routing_stats(routing, info)
+            out_tBD = residual(out_tBD, shared_tBD)
+        with region("routing_statistics"):
+            return out_tBD, routing_stats(routing, info)
 
     def _routed(self, hidden_tBD: Tensor, map_TE: Tensor, probs_TE: Tensor) -> Tensor:
         with region("dispatch"):
