@@ -5,7 +5,7 @@ Shape legend, one for the whole project. Capitals are logical sizes, lower case 
 
 B  packs in a microbatch            C  latent channels            F  latent frames
 H  latent height                    W  latent width               T  video tokens of a pack
-L  text tokens of a caption         D  model width                N  attention heads
+L  text or image tokens of a clip   D  model width                N  attention heads
 A  width of one head                E  experts                    K  experts a token goes to (top-k)
 R  rows of the timestep table       M  hidden width of an FFN     P  numbers in one patch (C x patch volume)
 G  clips of a microbatch            S  slots: (token, expert) pairs after routing

@@ -205,6 +205,21 @@ class ModelConfig:
         return self.in_channels - 2 * self.out_channels if self.task == "i2v" else 0
 
     @property
+    def image_tokens(self) -> int:
+        """Image tokens that cross-attention attends to for each clip; 0 without an image branch."""
+        return self.image_length if self.image_size else 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Keys of cross-attention for each clip: text and image."""
+        return self.text_length + self.image_tokens
+
+    @property
+    def timesteps_of_clip(self) -> int:
+        """Rows of the timestep table for each clip: its noise level, and 0 for what is given clean."""
+        return 2 if self.task == "ti2v" else 1
+
+    @property
     def head_size(self) -> int:
         """Width of one head (A)."""
         return self.hidden_size // self.num_heads

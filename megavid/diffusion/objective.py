@@ -8,6 +8,7 @@ span of the same noise, and its losses are parts of sums.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from megavid.config.schema import DiffusionConfig
 from megavid.diffusion.flow import interpolate, velocity_of
 from megavid.diffusion.timesteps import TIMESTEP_SCALE, stratified_sigma, training_sigma
 from megavid.models.inputs import ModelInput
-from megavid.ops.packs import LatentBatch, Pack, Span, clip_index, clip_parts
+from megavid.ops.packs import LatentBatch, Pack, Span, clip_index, clip_parts, known_index
 from megavid.ops.philox import Key, key_of, normal, uniform_at
 
 
@@ -25,15 +26,18 @@ class Noised:
     """A microbatch ready for the model, and what its answer is held against.
 
     Attributes:
-        input: what the model is called with; one row of its timestep table per clip.
+        input: what the model is called with; one row of its timestep table per clip, and of clips with known tokens
+            one more, whose timestep is 0.
         target_BTP: true velocity, noise - clean, dtype of the clean latents; zero in the padding.
         valid_BT: bool, False in the padding.
+        known_BT: bool, tokens that are given clean: no loss is taken of them.
         sigma_G: noise level of each clip, fp32.
     """
 
     input: ModelInput
     target_BTP: Tensor
     valid_BT: Tensor
+    known_BT: Tensor
     sigma_G: Tensor
 
 
@@ -44,7 +48,7 @@ class ClipLosses:
     Attributes:
         sum_G: squared error summed over the numbers of each clip that the batch's span holds, fp32 (fp64 for fp64
             velocities); has a gradient. Spans that make up the packs add up to the clip's.
-        elements_G: numbers in each whole clip, int64.
+        elements_G: numbers in each whole clip, known ones left out, int64.
     """
 
     sum_G: Tensor
@@ -113,18 +117,55 @@ def add_noise(batch: LatentBatch, keys: Sequence[Key], sigmas: Sequence[float]) 
     clean_BTP = batch.clean_BTP
     noise_BTP = clip_noise(batch.packs, keys, clean_BTP, batch.span)
     clip_BT = clip_index(batch.packs, batch.span).to(clean_BTP.device)
-    row_BT = clip_BT.clamp(min=0)
+    known_BT = known_index(batch.packs, batch.span).to(clean_BTP.device)
     sigma_G = torch.tensor(sigmas, dtype=torch.float32, device=clean_BTP.device)
-    patches_BTP = interpolate(clean_BTP, noise_BTP, sigma_G.to(clean_BTP.dtype)[row_BT].unsqueeze(-1))
+    rows = timestep_rows(batch.packs, sigma_G, clip_BT, known_BT)
+    level_BT = sigma_G.to(clean_BTP.dtype)[clip_BT.clamp(min=0)].masked_fill(known_BT, 0.0)
+    patches_BTP = interpolate(clean_BTP, noise_BTP, level_BT.unsqueeze(-1))
+    if batch.condition_BTP is not None:
+        patches_BTP = torch.cat((patches_BTP, batch.condition_BTP), dim=-1)
     model_input = ModelInput(
         packs=batch.packs,
         patches_BTP=patches_BTP,
-        timestep_R=TIMESTEP_SCALE * sigma_G,
-        row_BT=row_BT,
+        timestep_R=rows.timestep_R,
+        row_BT=rows.row_BT,
         text_GLD=batch.text_GLD,
         start=batch.start,
+        image_GLI=batch.image_GLI,
+        has_image_G=batch.has_image_G,
     )
-    return Noised(model_input, velocity_of(clean_BTP, noise_BTP), clip_BT >= 0, sigma_G)
+    return Noised(model_input, velocity_of(clean_BTP, noise_BTP), clip_BT >= 0, known_BT, sigma_G)
+
+
+class TimestepRows(NamedTuple):
+    """The timestep table of a microbatch, and each token's row of it.
+
+    Attributes:
+        timestep_R: 1000 * noise level of the G clips, then 0 for each clip with known tokens.
+        row_BT: int64; 0 in the padding.
+    """
+
+    timestep_R: Tensor
+    row_BT: Tensor
+
+
+def timestep_rows(packs: tuple[Pack, ...], sigma_G: Tensor, clip_BT: Tensor, known_BT: Tensor) -> TimestepRows:
+    """The timestep table of clips at these noise levels.
+
+    Args:
+        packs: the segment tables.
+        sigma_G: noise level of each clip.
+        clip_BT: ``clip_index`` of the tokens at hand.
+        known_BT: ``known_index`` of them.
+    """
+    has_known = [bool(clip.known) for pack in packs for clip in pack.clips]
+    row_BT = clip_BT.clamp(min=0)
+    if not any(has_known):
+        return TimestepRows(TIMESTEP_SCALE * sigma_G, row_BT)
+    # Every clip has a row of its own for what is known, so that a table's size follows from its clips.
+    own_G = torch.tensor(has_known, device=row_BT.device).cumsum(0) - 1 + len(has_known)
+    zero = sigma_G.new_zeros(sum(has_known))
+    return TimestepRows(torch.cat((TIMESTEP_SCALE * sigma_G, zero)), torch.where(known_BT, own_G[row_BT], row_BT))
 
 
 def clip_noise(packs: tuple[Pack, ...], keys: Sequence[Key], like_BTP: Tensor, span: Span) -> Tensor:
@@ -145,11 +186,14 @@ def clip_noise(packs: tuple[Pack, ...], keys: Sequence[Key], like_BTP: Tensor, s
 
 
 def clip_losses(velocity_BTP: Tensor, noised: Noised) -> ClipLosses:
-    """Squared error of the predicted velocity against ``noised.target_BTP``, summed over each clip's tokens here."""
+    """Squared error of the predicted velocity against ``noised.target_BTP``, summed over each clip's tokens here but
+    for those that are given clean."""
     wide = torch.promote_types(velocity_BTP.dtype, torch.float32)
     square_BT = (velocity_BTP.to(wide) - noised.target_BTP.to(wide)).square().sum(-1)
+    square_BT = square_BT.masked_fill(noised.known_BT, 0.0)
     # One slice per clip rather than an indexed add: the same order of additions wherever the clip stands, on CUDA too.
     parts = list(clip_parts(noised.input.packs, noised.input.span))
     sum_G = torch.stack([square_BT[part.here].sum() for part in parts])
-    elements_G = torch.tensor([part.clip.tokens * velocity_BTP.shape[-1] for part in parts], device=sum_G.device)
+    tokens = [part.clip.tokens - part.clip.known_tokens for part in parts]
+    elements_G = torch.tensor(tokens, device=sum_G.device) * velocity_BTP.shape[-1]
     return ClipLosses(sum_G, elements_G)

@@ -5,6 +5,7 @@ in the forward pass and one in the backward pass. The norm's weight is sharded l
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,8 +83,28 @@ class SelfAttention(nn.Module):
         return out
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What cross-attention attends to: on every rank whole, the same for all blocks.
+
+    Attributes:
+        text_LGD: captions at the model's width.
+        image_LGD: image tokens at the model's width; None for a model without image branch.
+        has_image_G: bool, the clips whose image tokens count.
+    """
+
+    text_LGD: Tensor
+    image_LGD: Tensor | None = None
+    has_image_G: Tensor | None = None
+
+
 class CrossAttention(nn.Module):
-    """Attention of every clip's tokens to its caption; keys and values of all captions stand on every rank's heads."""
+    """Attention of every clip's tokens to its caption, and in models with an image branch to its image tokens: two
+    softmaxes of the same queries, added. Keys and values of all clips stand on every rank's heads.
+
+    Source of the image branch: Wan 2.1's image-to-video models, as diffusers' WanAttnProcessor has it; a clip without
+    image adds nothing.
+    """
 
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
@@ -94,12 +115,30 @@ class CrossAttention(nn.Module):
         self.q_norm = AcrossHeadsNorm(build, (f"{name}.q_norm.weight",))
         self.k_norm = AcrossHeadsNorm(build, (f"{name}.k_norm.weight",))
         self.out = row_linear(build, f"{name}.out", width, width)
+        self.has_image = build.model.image_size > 0
+        if self.has_image:
+            self.image_kv: Any = column_linear(
+                build, [f"{name}.image_k", f"{name}.image_v"], width, width, of_text=True
+            )
+            self.image_k_norm = AcrossHeadsNorm(build, (f"{name}.image_k_norm.weight",))
 
-    def forward(self, x_tBD: Tensor, text_LGD: Tensor, packs: tuple[Pack, ...], span: Span) -> Tensor:
-        """Attention of this rank's tokens [t, B, D], T of ``span`` inside, to the captions [L, G, D]."""
+    def forward(self, x_tBD: Tensor, prompts: Prompts, packs: tuple[Pack, ...], span: Span) -> Tensor:
+        """Attention of this rank's tokens [t, B, D], T of ``span`` inside, to the prompts of their clips."""
         (q,) = self.q_norm(self.q(x_tBD)[0])
-        k, v = self.kv(text_LGD)[0].chunk(2, dim=-1)
-        (k,) = self.k_norm(k)
-        q, k, v = (x.unflatten(-1, (-1, self.head_size)) for x in (q, k, v))
-        out: Tensor = self.out(cross_attention(q, k, v, packs, span).flatten(-2))[0]
+        q_TBNA = q.unflatten(-1, (-1, self.head_size))
+        k, v = self._keys_and_values(self.kv, self.k_norm, prompts.text_LGD)
+        attended = cross_attention(q_TBNA, k, v, packs, span)
+        if self.has_image:
+            assert prompts.image_LGD is not None
+            assert prompts.has_image_G is not None
+            k, v = self._keys_and_values(self.image_kv, self.image_k_norm, prompts.image_LGD)
+            # Values of zero instead of a branch: all weights take part in every backward pass, on every rank.
+            v = v * prompts.has_image_G.view(1, -1, 1, 1)
+            attended = attended + cross_attention(q_TBNA, k, v, packs, span)
+        out: Tensor = self.out(attended.flatten(-2))[0]
         return out
+
+    def _keys_and_values(self, linear: Any, norm: AcrossHeadsNorm, prompt_LGD: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = linear(prompt_LGD)[0].chunk(2, dim=-1)
+        (k,) = norm(k)
+        return k.unflatten(-1, (-1, self.head_size)), v.unflatten(-1, (-1, self.head_size))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from megavid.models.attention import Attend, CrossAttention, SelfAttention
+from megavid.models.attention import Attend, CrossAttention, Prompts, SelfAttention
 from megavid.models.build import Build, column_linear, row_linear
 from megavid.models.moe.layer import build_moe
 from megavid.models.moe.stats import RoutingStats
@@ -35,7 +35,7 @@ class Conditioning:
         attend: attention of the clips of these packs to themselves, over all context-parallel ranks.
         modulation_R6D: six modulation vectors of each row of the timestep table, fp32.
         row_tB: row of every token of this rank.
-        text_LGD: captions at the model's width.
+        prompts: captions, and images where the model has a branch for them, at the model's width.
         cos: cosines of RoPE for the T tokens, [T, B, 1, A / 2] fp32.
         sin: sines, likewise.
         tokens: what routers know of this rank's tokens.
@@ -46,7 +46,7 @@ class Conditioning:
     attend: Attend
     modulation_R6D: Tensor
     row_tB: Tensor
-    text_LGD: Tensor
+    prompts: Prompts
     cos: Tensor
     sin: Tensor
     tokens: TokenInfo
@@ -122,7 +122,7 @@ class Block(nn.Module):
 
     def _attend_to_text(self, x_tBD: Tensor, given: Conditioning) -> Tensor:
         normed = layer_norm(x_tBD, self.eps, self.cross_norm_weight, self.cross_norm_bias)
-        out: Tensor = self.cross_attention(normed, given.text_LGD, given.packs, given.span)
+        out: Tensor = self.cross_attention(normed, given.prompts, given.packs, given.span)
         return out
 
     def _feed(

@@ -1,4 +1,4 @@
-"""What turns timesteps, captions and latents into vectors: replicated on every pipeline stage, except the patches.
+"""What turns timesteps, captions, images and latents into vectors: on every pipeline stage, except the patches.
 
 Owns the conditioning of the family ``wan``. Every stage computes the same vectors from its own microbatch; the copies'
 gradients are summed over the stages and counted once.
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megavid.models.build import Build, PlainLinear
-from megavid.ops.norm import modulated_norm, wide
+from megavid.ops.norm import layer_norm, modulated_norm, wide
 from megavid.ops.timestep import timestep_features
 from megavid.parallel.placement import Init
 
@@ -62,6 +62,53 @@ class TextEmbedder(nn.Module):
         hidden = torch.nn.functional.gelu(self.up(text_GLD.transpose(0, 1).contiguous()), approximate="tanh")
         out: Tensor = self.down(hidden)
         return out
+
+
+class ImageEmbedder(nn.Module):
+    """Features of an image encoder to the model's width: an MLP with GELU between two affine norms.
+
+    Source: Wan 2.1's image-to-video models (arXiv:2503.20314), as diffusers' WanImageEmbedding has it: exact GELU, the
+    hidden width that of the features, norms with torch's epsilon and in fp32.
+    """
+
+    EPS = 1e-5
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        model, self.has_positions = build.model, build.model.image_positions > 0
+
+        def whole(name: str, *shape: int, init: Init, is_fp32: bool = True) -> nn.Parameter:
+            parameter = build.empty(*shape, is_fp32=is_fp32)
+            build.place_whole(
+                parameter, f"image_embedder.{name}", init=init,
+                is_partial=False, on_every_stage=True, has_decay=False,
+            )  # fmt: skip
+            return parameter
+
+        def linear(name: str, output_size: int) -> PlainLinear:
+            # Like the text's: gradients are whole, see TextEmbedder.
+            return PlainLinear(
+                build, f"image_embedder.{name}", model.image_size, output_size,
+                is_partial=False, on_every_stage=True,
+            )  # fmt: skip
+
+        self.norm_in_weight = whole("norm_in.weight", model.image_size, init=Init(mean=1.0))
+        self.norm_in_bias = whole("norm_in.bias", model.image_size, init=Init())
+        self.norm_out_weight = whole("norm_out.weight", model.hidden_size, init=Init(mean=1.0))
+        self.norm_out_bias = whole("norm_out.bias", model.hidden_size, init=Init())
+        if self.has_positions:
+            self.positions = whole("positions", model.image_positions, model.image_size, init=Init(), is_fp32=False)
+        self.up = linear("up", model.image_size)
+        self.down = linear("down", model.hidden_size)
+
+    def forward(self, image_GLI: Tensor) -> Tensor:
+        """Image tokens at the model's width, token first as megatron-core's linears want them: [L, G, D]."""
+        x_LGI = image_GLI.transpose(0, 1).contiguous()
+        if self.has_positions:
+            x_LGI = x_LGI + self.positions.unsqueeze(1)
+        normed = layer_norm(x_LGI, self.EPS, self.norm_in_weight, self.norm_in_bias)
+        out = self.down(torch.nn.functional.gelu(self.up(normed)))
+        return layer_norm(out, self.EPS, self.norm_out_weight, self.norm_out_bias)
 
 
 class PatchEmbedder(nn.Module):

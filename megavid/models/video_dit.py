@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from megavid.config.schema import RunConfig
-from megavid.models.attention import Attend
+from megavid.models.attention import Attend, Prompts
 from megavid.models.block import Block, Conditioning
 from megavid.models.build import Build
-from megavid.models.embedders import Head, PatchEmbedder, TextEmbedder, TimestepEmbedder
+from megavid.models.embedders import Head, ImageEmbedder, PatchEmbedder, TextEmbedder, TimestepEmbedder
 from megavid.models.inputs import ModelInput
 from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo, noise_bucket
@@ -54,6 +54,8 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
 
         self.timestep_embedder = TimestepEmbedder(build)
         self.text_embedder = TextEmbedder(build)
+        if model.image_size:
+            self.image_embedder = ImageEmbedder(build)
         if self.pre_process:
             self.patch_embedder = PatchEmbedder(build)
         self.blocks = nn.ModuleList([Block(build, layer, recompute) for layer in layers])
@@ -158,6 +160,14 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
             aux_scale=aux_scale,
         )
 
+    def _prompts(self, inputs: ModelInput) -> Prompts:
+        """Captions and images at the model's width."""
+        text_LGD = self.text_embedder(inputs.text_GLD)
+        if not self.model.image_size:
+            return Prompts(text_LGD)
+        assert inputs.image_GLI is not None, "a model with an image branch is given image features"
+        return Prompts(text_LGD, self.image_embedder(inputs.image_GLI), inputs.has_image_G)
+
     def _conditioning(
         self, inputs: ModelInput, modulation_R6D: Tensor, row_tB: Tensor, aux_scale: float
     ) -> Conditioning:
@@ -172,7 +182,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
             attend=self._attention(inputs),
             modulation_R6D=modulation_R6D,
             row_tB=row_tB,
-            text_LGD=self.text_embedder(inputs.text_GLD),
+            prompts=self._prompts(inputs),
             cos=cos,
             sin=sin,
             tokens=self._token_info(inputs, row_tB, aux_scale),

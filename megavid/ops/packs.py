@@ -28,6 +28,13 @@ class Clip:
     """Tokens along time, height and width."""
     frame_rate: float
     """Latent frames per second."""
+    known: tuple[int, ...] = ()
+    """Places along time whose tokens are given clean: their noise level is 0, and no loss is taken of them."""
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens that are given clean."""
+        return len(self.known) * self.grid[1] * self.grid[2]
 
     @property
     def tokens(self) -> int:
@@ -109,12 +116,19 @@ class LatentBatch:
         text_GLD: text features of each clip, fp32; captions that the run drops are already the empty
             caption's features.
         start: token of every pack that clean_BTP begins with.
+        condition_BTP: what is known of the clips, in channels that follow the noised ones in the model's input, fp32;
+            None for models that take none.
+        image_GLI: image features of each clip, fp32, zero for a clip without image; None for models that take none.
+        has_image_G: bool, whether a clip has an image.
     """
 
     packs: tuple[Pack, ...]
     clean_BTP: Tensor
     text_GLD: Tensor
     start: int = 0
+    condition_BTP: Tensor | None = None
+    image_GLI: Tensor | None = None
+    has_image_G: Tensor | None = None
 
     @property
     def clips(self) -> tuple[Clip, ...]:
@@ -130,20 +144,34 @@ class LatentBatch:
         """The same microbatch with the tensors of ``span`` alone; not a copy."""
         first = span.start - self.start
         assert 0 <= first <= first + span.tokens <= self.clean_BTP.shape[1], (span, self.span)
-        return replace(self, clean_BTP=self.clean_BTP[:, first : first + span.tokens], start=span.start)
+        window = slice(first, first + span.tokens)
+        condition_BTP = None if self.condition_BTP is None else self.condition_BTP[:, window]
+        return replace(self, clean_BTP=self.clean_BTP[:, window], condition_BTP=condition_BTP, start=span.start)
 
     def to(self, device: torch.device) -> "LatentBatch":
         """The same microbatch with its tensors on ``device``; a copy from pinned memory does not wait for the host."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
         return replace(
             self,
             clean_BTP=self.clean_BTP.to(device, non_blocking=True),
             text_GLD=self.text_GLD.to(device, non_blocking=True),
+            condition_BTP=move(self.condition_BTP),
+            image_GLI=move(self.image_GLI),
+            has_image_G=move(self.has_image_G),
         )
 
     @property
     def num_tokens(self) -> int:
         """Tokens of whole clips, padding left out."""
         return sum(clip.tokens for clip in self.clips)
+
+    @property
+    def num_unknown_tokens(self) -> int:
+        """Those of them that are not given: what a loss is taken of."""
+        return sum(clip.tokens - clip.known_tokens for clip in self.clips)
 
 
 def whole(packs: tuple[Pack, ...]) -> Span:
@@ -158,6 +186,19 @@ def clip_index(packs: tuple[Pack, ...], span: Span | None = None) -> Tensor:
     for part in clip_parts(packs, span):
         index_BT[part.here] = part.number
     return index_BT
+
+
+def known_index(packs: tuple[Pack, ...], span: Span | None = None) -> Tensor:
+    """Which tokens of the span (None: of all) are given clean (``Clip.known``), [B, T] bool."""
+    span = span or whole(packs)
+    known_BT = torch.zeros(len(packs), span.tokens, dtype=torch.bool)
+    for part in clip_parts(packs, span):
+        _, rows, columns = part.clip.grid
+        for frame in part.clip.known:
+            low, high = (frame * rows * columns - part.first, (frame + 1) * rows * columns - part.first)
+            window = slice(part.start + max(low, 0), part.start + min(max(high, 0), part.tokens))
+            known_BT[part.row, window] = True
+    return known_BT
 
 
 def positions(packs: tuple[Pack, ...], frame_rate: float, span: Span | None = None) -> Tensor:

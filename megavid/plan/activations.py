@@ -153,7 +153,18 @@ def _cross_attention(model: ModelConfig, shapes: Shapes) -> float:
     queries = _norm_across_heads(shapes, width, count=1) + (2 * width * shapes.narrow + heads * WIDE)
     queries += width * shapes.narrow + (0 if shapes.has_copies else width * WIDE)
     keys = _norm_across_heads(shapes, text, count=1) + 3 * text * shapes.narrow
-    return matrix_input + queries + keys
+    return matrix_input + queries + keys + _image_attention(model, shapes)
+
+
+def _image_attention(model: ModelConfig, shapes: Shapes) -> float:
+    """What attention to image tokens keeps beside the queries: its output, normed keys and the values that count."""
+    if not model.image_size:
+        return 0.0
+    width, heads = shapes.span * model.hidden_size / shapes.tp, shapes.span * model.num_heads / shapes.tp
+    image = shapes.clips * model.image_tokens * model.hidden_size / shapes.tp
+    keys = _norm_across_heads(shapes, image, count=1) + 2 * image * shapes.narrow
+    storage = 0 if shapes.has_copies else 2 * image * WIDE  # that k and v came in, which the norm of k keeps
+    return width * shapes.narrow + heads * WIDE + keys + storage
 
 
 def _feed_forward(model: ModelConfig, shapes: Shapes, *, is_moe: bool, imbalance: float) -> dict[str, float]:
@@ -224,10 +235,13 @@ def _norm_across_heads(shapes: Shapes, width: float, count: int) -> float:
 
 
 def _shared(model: ModelConfig, shapes: Shapes) -> dict[str, float]:
-    """What all blocks of a chunk share: captions, angles, each token's row, and the embedders' own."""
-    text = shapes.clips * model.text_length
+    """What all blocks of a chunk share: captions, images, angles, each token's row, and the embedders' own."""
+    text, image = shapes.clips * model.text_length, shapes.clips * model.image_tokens
     embedders = text * (model.text_size + 3 * model.hidden_size) * shapes.narrow
-    modulation = shapes.clips * model.hidden_size * 20 * WIDE
+    # Of images, the inputs of two norms in fp32 with mean and deviation, three hidden tensors, and the result.
+    embedders += image * (model.image_size * (WIDE + 3 * shapes.narrow) + model.hidden_size * (WIDE + shapes.narrow))
+    embedders += image * 4 * WIDE
+    modulation = shapes.clips * model.timesteps_of_clip * model.hidden_size * 20 * WIDE
     angles = shapes.span * model.head_size * WIDE
     return {"embedders": embedders, "modulation": modulation, "angles": angles + shapes.own * INDEX}
 

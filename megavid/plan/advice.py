@@ -123,14 +123,17 @@ def binding_of(
 
 
 def input_seconds(config: RunConfig, layout: Layout, workload: Workload) -> float:
-    """Seconds in which a node reads the latents and text features of one step, both in bf16.
+    """Seconds in which a node reads latents, text and image features of one step, all in bf16.
 
     Every rank reads all clips of its replica; ranks of one node share what the node has read. A node reads at the share
     of a published file system that falls to its GPUs (``megavid.plan.goodput``).
     """
     model, on_node = config.model, min(NODE_GPUS, layout.world_size)
-    latents = workload.tokens * model.patch_volume * model.out_channels * 2
-    text = len(workload.clip_tokens) * model.text_length * model.text_size * 2
+    # The mask is made, not read; the latents of known frames are.
+    channels = model.in_channels - model.mask_channels
+    latents = workload.tokens * model.patch_volume * channels * 2
+    features = model.text_length * model.text_size + model.image_tokens * model.image_size
+    text = len(workload.clip_tokens) * features * 2
     # Ranks of one stage and replica stand next to each other.
     replicas = max(1, min(on_node // (layout.tp * layout.cp), layout.dp))
     packs = replicas * workload.packs_per_step / layout.dp

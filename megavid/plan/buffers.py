@@ -34,6 +34,8 @@ _BLOCK: tuple[tuple[str, ...], ...] = (
     ("cross_attention.k.weight", "cross_attention.v.weight"), ("cross_attention.k.bias", "cross_attention.v.bias"),
     ("cross_attention.q_norm.weight",), ("cross_attention.k_norm.weight",),
     ("cross_attention.out.weight",), ("cross_attention.out.bias",),
+    ("cross_attention.image_k.weight", "cross_attention.image_v.weight"),
+    ("cross_attention.image_k.bias", "cross_attention.image_v.bias"), ("cross_attention.image_k_norm.weight",),
     ("ffn.up.weight",), ("ffn.up.bias",), ("ffn.down.weight",), ("ffn.down.bias",),
     ("moe.router.weight",),
     ("moe.experts.up.weight",), ("moe.experts.up.bias",), ("moe.experts.gate.weight",), ("moe.experts.gate.bias",),
@@ -41,7 +43,7 @@ _BLOCK: tuple[tuple[str, ...], ...] = (
     ("moe.shared.gate.weight", "moe.shared.up.weight"), ("moe.shared.gate.bias", "moe.shared.up.bias"),
     ("moe.shared.down.weight",), ("moe.shared.down.bias",),
 )  # fmt: skip
-_FP32 = ("modulation", "cross_norm.", "q_norm.", "k_norm.", "router.", "time_embedder.")
+_FP32 = ("modulation", "cross_norm.", "q_norm.", "k_norm.", "router.", "time_embedder.", "image_embedder.norm_")
 """Names whose parameters stay fp32 in bf16 runs: norms, modulation, the timestep's MLP and the routers."""
 
 
@@ -120,9 +122,9 @@ def _chunk_parameters(
 def _whole(tensor: Tensor, *, has_own_bucket: bool = False) -> Parameter:
     """A parameter outside of the blocks: one tensor that every tensor-parallel rank holds whole.
 
-    Captions, unlike tokens, stand on every rank, so the gradient of their embedder is whole.
+    Captions and images, unlike tokens, stand on every rank, so the gradient of their embedders is whole.
     """
-    is_partial = not tensor.name.startswith("text_embedder.")
+    is_partial = not tensor.name.startswith(("text_embedder.", "image_embedder."))
     return Parameter(tensor.name, tensor.numel, _is_fp32(tensor.name), False, has_own_bucket, is_partial)
 
 

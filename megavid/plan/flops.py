@@ -23,8 +23,8 @@ PARTS: tuple[Part, ...] = (
     "modulation", "embedders", "head",
 )  # fmt: skip
 """Every part. ``self_attention`` and ``cross_attention`` are the products of queries with keys and of weights with
-values; ``projections`` the matrices of both attentions; ``modulation`` the timestep's MLP; ``embedders`` patches and
-text."""
+values; ``projections`` the matrices of both attentions; ``modulation`` the timestep's MLP; ``embedders`` patches,
+text and images."""
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -66,7 +66,7 @@ def forward_flops(model: ModelConfig, clip_tokens: Sequence[int], *, padding: in
             model FLOPs.
     """
     total = embedder_flops(model, clip_tokens, padding=padding) + modulation_flops(model, len(clip_tokens))
-    total += text_embedder_flops(model, len(clip_tokens)) + head_flops(model, clip_tokens, padding=padding)
+    total += prompt_embedder_flops(model, len(clip_tokens)) + head_flops(model, clip_tokens, padding=padding)
     moe_layers = sum(model.is_moe_layer(layer) for layer in range(model.num_layers))
     total += block_flops(model, clip_tokens, is_moe=False, padding=padding) * (model.num_layers - moe_layers)
     if moe_layers:
@@ -97,19 +97,19 @@ def stage_flops(
 ) -> Flops:
     """Forward pass of one pipeline stage, summed over the tp x cp ranks of one model replica.
 
-    What ranks do alike counts once for each: timestep and text embedders on every rank and chunk, keys and values of
-    the text on every context-parallel rank, and without sequence parallelism the patches, the head and the router. So
-    the stages' sum is above ``forward_flops``; a rank's share is this divided by tp x cp.
+    What ranks do alike counts once for each: timestep, text and image embedders on every rank and chunk, keys and
+    values of text and images on every context-parallel rank, and without sequence parallelism the patches, the head and
+    the router. So the stages' sum is above ``forward_flops``; a rank's share is this divided by tp x cp.
     """
     clips, ranks = len(clip_tokens), layout.tp * layout.cp
     alike = 1 if layout.sequence else layout.tp
-    total = (modulation_flops(model, clips) + text_embedder_flops(model, clips)) * (layout.vpp * ranks)
+    total = (modulation_flops(model, clips) + prompt_embedder_flops(model, clips)) * (layout.vpp * ranks)
     if pp_rank == 0:
         total += embedder_flops(model, clip_tokens, padding=padding) * alike
     for chunk in range(layout.vpp):
         for layer in layers_of_chunk(model, layout, pp_rank, chunk):
             total += block_flops(model, clip_tokens, is_moe=model.is_moe_layer(layer), padding=padding)
-            total += Flops({"projections": float(_text_projections(model, clips))}) * (layout.cp - 1)
+            total += Flops({"projections": float(_prompt_projections(model, clips))}) * (layout.cp - 1)
     if pp_rank == layout.pp - 1:
         total += head_flops(model, clip_tokens, padding=padding) * alike
     return total
@@ -125,7 +125,7 @@ def stage_recompute_flops(
     for chunk in range(layout.vpp):
         for layer in layers_of_chunk(model, layout, pp_rank, chunk):
             total += block_flops(model, clip_tokens, is_moe=model.is_moe_layer(layer), padding=padding)
-            total += Flops({"projections": float(_text_projections(model, len(clip_tokens)))}) * (layout.cp - 1)
+            total += Flops({"projections": float(_prompt_projections(model, len(clip_tokens)))}) * (layout.cp - 1)
     return total if recompute == "full" else _without_self_attention(total)
 
 
@@ -138,9 +138,9 @@ def block_flops(model: ModelConfig, clip_tokens: Sequence[int], *, is_moe: bool,
     tokens = sum(clip_tokens) + padding
     parts = {
         "self_attention": 4.0 * width * sum(clip * clip for clip in clip_tokens),
-        "cross_attention": 4.0 * width * model.text_length * sum(clip_tokens),
+        "cross_attention": 4.0 * width * model.prompt_tokens * sum(clip_tokens),
         # q, k, v and out of self-attention; q and out of cross-attention.
-        "projections": 12.0 * tokens * width * width + _text_projections(model, clips),
+        "projections": 12.0 * tokens * width * width + _prompt_projections(model, clips),
     }
     if not is_moe:
         return Flops({**parts, "dense_ffn": 4.0 * tokens * width * model.ffn_size})
@@ -167,15 +167,17 @@ def embedder_flops(model: ModelConfig, clip_tokens: Sequence[int], *, padding: i
     return Flops({"embedders": 2.0 * tokens * model.in_channels * model.patch_volume * model.hidden_size})
 
 
-def text_embedder_flops(model: ModelConfig, clips: int) -> Flops:
-    """The text's MLP for the captions of ``clips`` clips."""
-    width = model.hidden_size
-    return Flops({"embedders": 2.0 * clips * model.text_length * width * (model.text_size + width)})
+def prompt_embedder_flops(model: ModelConfig, clips: int) -> Flops:
+    """The text's MLP for the captions of ``clips`` clips, and the image's for their images."""
+    width, image = model.hidden_size, model.image_size
+    text = 2.0 * clips * model.text_length * width * (model.text_size + width)
+    return Flops({"embedders": text + 2.0 * clips * model.image_tokens * image * (image + width)})
 
 
-def modulation_flops(model: ModelConfig, rows: int) -> Flops:
-    """The timestep's MLP for ``rows`` rows of the timestep table: one for each clip."""
-    width = model.hidden_size
+def modulation_flops(model: ModelConfig, clips: int) -> Flops:
+    """The timestep's MLP for ``clips`` clips: one row of the timestep table for each, or two (task ``ti2v``, where
+    every clip is taken to have known frames)."""
+    width, rows = model.hidden_size, clips * model.timesteps_of_clip
     return Flops({"modulation": 2.0 * rows * width * (model.frequency_size + width + 6 * width)})
 
 
@@ -185,9 +187,9 @@ def head_flops(model: ModelConfig, clip_tokens: Sequence[int], *, padding: int =
     return Flops({"head": 2.0 * tokens * model.hidden_size * model.out_channels * model.patch_volume})
 
 
-def _text_projections(model: ModelConfig, clips: int) -> float:
-    """Keys and values of the captions in one block."""
-    return 4.0 * clips * model.text_length * model.hidden_size**2
+def _prompt_projections(model: ModelConfig, clips: int) -> float:
+    """Keys and values of captions and images in one block."""
+    return 4.0 * clips * model.prompt_tokens * model.hidden_size**2
 
 
 def _without_self_attention(flops: Flops) -> Flops:

@@ -201,12 +201,11 @@ def _image_embedder(model: ModelConfig) -> Iterator[Tensor]:
     width, image = model.hidden_size, model.image_size
     shapes: list[tuple[str, tuple[int, ...]]] = [
         ("norm_in.weight", (image,)), ("norm_in.bias", (image,)),
+        ("norm_out.weight", (width,)), ("norm_out.bias", (width,)),
+        *([("positions", (model.image_positions, image))] if model.image_positions else []),
         ("up.weight", (image, image)), ("up.bias", (image,)),
         ("down.weight", (width, image)), ("down.bias", (width,)),
-        ("norm_out.weight", (width,)), ("norm_out.bias", (width,)),
     ]  # fmt: skip
-    if model.image_positions:
-        shapes.append(("positions", (model.image_positions, image)))
     for name, shape in shapes:
         yield Tensor(name=f"image_embedder.{name}", shape=shape, part="embedders", stages="all")
 

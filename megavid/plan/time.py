@@ -117,14 +117,20 @@ def _products(
         found += [_times(product, dense) for product in _pair("dense_ffn", span, width, model.ffn_size / tp, 1)]
     if moe:
         found += [_times(product, moe) for product in _experts(model, layout, shapes, clips)]
-    # What every stage does once for each chunk: the timestep's MLP and the text's.
-    text = float(shapes.clips * model.text_length)
+    # What every stage does once for each chunk: the MLPs of the timestep, the text and the images.
+    text, image = (float(shapes.clips * tokens) for tokens in (model.text_length, model.image_tokens))
+    rows = shapes.clips * model.timesteps_of_clip
     found += [
-        Product("modulation", shapes.clips, model.frequency_size, width, layout.vpp),
-        Product("modulation", shapes.clips, width, width, 7 * layout.vpp),
+        Product("modulation", rows, model.frequency_size, width, layout.vpp),
+        Product("modulation", rows, width, width, 7 * layout.vpp),
         Product("embedders", text, model.text_size, width, layout.vpp),
         Product("embedders", text, width, width, layout.vpp),
     ]
+    if image:
+        found += [
+            Product("embedders", image, model.image_size, model.image_size, layout.vpp),
+            Product("embedders", image, model.image_size, width, layout.vpp),
+        ]
     if pp_rank == 0:
         found.append(Product("embedders", shapes.own, model.in_channels * model.patch_volume, width))
     if pp_rank == layout.pp - 1:
@@ -133,15 +139,16 @@ def _products(
 
 
 def _projections(model: ModelConfig, shapes: Shapes) -> tuple[Product, ...]:
-    """The matrices of both attentions of one block: q, k and v are one product, k and v of the text another."""
+    """The matrices of both attentions of one block: q, k and v are one product, k and v of the text another, k and v of
+    images a third."""
     width, span, tp = model.hidden_size, float(shapes.span), shapes.tp
-    text = float(shapes.clips * model.text_length)
-    return (
+    found = (
         Product("projections", span, width, 3 * width / tp),
         Product("projections", span, width / tp, width, 2),
         Product("projections", span, width, width / tp),
-        Product("projections", text, width, 2 * width / tp),
     )
+    prompts = (float(shapes.clips * tokens) for tokens in (model.text_length, model.image_tokens) if tokens)
+    return (*found, *(Product("projections", tokens, width, 2 * width / tp) for tokens in prompts))
 
 
 def _experts(model: ModelConfig, layout: Layout, shapes: Shapes, clips: tuple[int, ...]) -> tuple[Product, ...]:
@@ -172,10 +179,14 @@ def _attention(config: RunConfig, layout: Layout, workload: Workload, layers: in
     pairs = sum(clip * clip for clip in workload.clip_tokens)
     keys = pairs / workload.tokens
     is_ring = layout.cp > 1 and layout.context_plan.ring > 1
-    flops, text = 4.0 * model.hidden_size * share, float(model.text_length)
+    flops = 4.0 * model.hidden_size * share
+    prompts = (float(tokens) for tokens in (model.text_length, model.image_tokens) if tokens)
     return (
         Attention("self_attention", flops * pairs, keys, model.head_size, is_ring),
-        Attention("cross_attention", flops * workload.tokens * text, text, model.head_size),
+        *(
+            Attention("cross_attention", flops * workload.tokens * tokens, tokens, model.head_size)
+            for tokens in prompts
+        ),
     )
 
 

@@ -177,11 +177,13 @@ class _Step:
             self._dispatch(moe * self.microbatches)
 
     def _attention(self, calls: int) -> None:
-        """Norms across heads, and gradients of the captions, which every tensor-parallel rank holds whole."""
-        text = self.shapes.clips * self.model.text_length
-        for numbers in (2 * self.shapes.span, self.shapes.span, text):  # q with k, q, k of the captions
+        """Norms across heads, and gradients of captions and images, which every tensor-parallel rank holds whole."""
+        for numbers in (2 * self.shapes.span, self.shapes.span):  # q with k, q of the attention to the prompts
             self.reduce("tp", "tp", calls * (self.forwards + 1), numbers * WIDE)
-        self.reduce("tp", "tp", calls, text * self.model.hidden_size * self.shapes.narrow, is_overlapped=True)
+        for length in filter(None, (self.model.text_length, self.model.image_tokens)):
+            keys = self.shapes.clips * length
+            self.reduce("tp", "tp", calls * (self.forwards + 1), keys * WIDE)
+            self.reduce("tp", "tp", calls, keys * self.model.hidden_size * self.shapes.narrow, is_overlapped=True)
 
     def _around_matrices(self, dense: int, moe: int, *, has_shared: bool) -> None:
         """Column-parallel matrices gather tokens, row-parallel ones scatter sums; without sequence parallelism both

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavid.config.schema import DataConfig, ModelConfig, RunConfig
+from megavid.models.attention import Prompts
 from megavid.models.block import Block, Conditioning
 from megavid.models.build import Build
 from megavid.models.moe.tokens import TokenInfo
@@ -133,7 +134,7 @@ def _conditioning(model: ModelConfig, tokens: int, mesh: Mesh, attend: partial[T
         attend=attend,
         modulation_R6D=torch.zeros(1, 6, width),
         row_tB=nowhere.unsqueeze(1),
-        text_LGD=torch.zeros(model.text_length, 1, width),
+        prompts=Prompts(torch.zeros(model.text_length, 1, width)),
         cos=torch.ones(span.tokens, 1, 1, model.head_size // 2),
         sin=torch.zeros(span.tokens, 1, 1, model.head_size // 2),
         tokens=TokenInfo(nowhere, nowhere, 1, torch.tensor([tokens]), 0.0),

@@ -67,6 +67,8 @@ def named_parts(chunk: VideoTransformer) -> Iterator[tuple[str, nn.Module]]:
     """(part, module) of everything in a chunk that a profile tells apart; inner modules take from outer ones."""
     yield "modulation", chunk.timestep_embedder
     yield "embedders", chunk.text_embedder
+    if chunk.model.image_size:
+        yield "embedders", chunk.image_embedder
     if chunk.pre_process:
         yield "embedders", chunk.patch_embedder
     if chunk.post_process:

@@ -64,7 +64,7 @@ def train_step(
     width = model.out_channels * model.patch_volume
     with region("statistics"):
         local = torch.tensor(
-            [sum(b.num_tokens for b in microbatches) * width, sum(len(b.clips) for b in microbatches)],
+            [sum(b.num_unknown_tokens for b in microbatches) * width, sum(len(b.clips) for b in microbatches)],
             dtype=torch.float64,
             device=device,
         )

@@ -82,21 +82,40 @@ ROUTER_LAYOUTS = {
     "cp2 ep2 microbatch2": (2, {"context": 2, "expert": 2, "micro": 2}),
     "cp2 tp2 ep2": (4, {"context": 2, "tensor": 2, "expert": 2}),
 }
+TASKS = {
+    "i2v": {"task": "i2v", "image": (10, 5, 0)},
+    "first-last frame": {"task": "i2v", "image": (10, 6, 6)},
+    "i2v without image branch": {"task": "i2v"},
+    "ti2v": {"task": "ti2v"},
+}
+TASK_LAYOUTS = [
+    ("i2v", 2, {"pipeline": 2, "virtual_pipeline": 2}),
+    ("i2v", 4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
+    ("i2v", 4, {"context": 2, "tensor": 2, "sequence": False, "recompute": "selective"}),
+    ("i2v", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True, "pack_tokens": 48}),
+    ("first-last frame", 4, {"pipeline": 2, "tensor": 2}),
+    ("i2v without image branch", 2, {"context": 2}),
+    ("ti2v", 4, {"tensor": 2, "pipeline": 2}),
+    ("ti2v", 3, {"context": 3, "pack_tokens": 48}),
+    ("ti2v", 2, {"micro": 2}),
+]
 REFERENCES: dict[str, Any] = {}
 
 
-def reference(pool: RankPool, family: str, router: str, pack_tokens: int) -> Any:
+def reference(pool: RankPool, family: str, router: str, pack_tokens: int, task: str) -> Any:
     """One rank, one pack at a time; run once for each model and length of packs."""
-    key = f"{family} {router} {pack_tokens}"
+    key = f"{family} {router} {pack_tokens} {task}"
     if key not in REFERENCES:
-        config = tiny_config(family, moe=ROUTERS.get(router), pack_tokens=pack_tokens)
+        config = tiny_config(family, moe=ROUTERS.get(router), pack_tokens=pack_tokens, **TASKS.get(task, {}))
         REFERENCES[key] = pool.run(1, train, config, 1)[0]
     return REFERENCES[key]
 
 
-def check(pool: RankPool, family: str, world: int, options: dict[str, Any], router: str = "") -> None:
-    config = tiny_config(family, moe=ROUTERS.get(router), **options)
-    want = reference(pool, family, router, config.data.pack_tokens)
+def check(
+    pool: RankPool, family: str, world: int, options: dict[str, Any], router: str = "", task: str = "t2v"
+) -> None:
+    config = tiny_config(family, moe=ROUTERS.get(router), **TASKS.get(task, {}), **options)
+    want = reference(pool, family, router, config.data.pack_tokens, task)
     got = pool.run(world, train, config, world)
     for rank, told in enumerate(got):
         assert told["loss"] == pytest.approx(want["loss"], rel=tolerance.LOSS_FP32), f"rank {rank}"
@@ -136,6 +155,16 @@ def test_moe_loss_and_weights_do_not_depend_on_the_layout(pool: RankPool, name: 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_keeps_law_1(pool: RankPool, router: str, name: str) -> None:
     check(pool, "wan_moe", *ROUTER_LAYOUTS[name], router)
+
+
+@pytest.mark.parametrize(("task", "world", "options"), TASK_LAYOUTS)
+def test_conditioning_on_images_keeps_law_1(pool: RankPool, task: str, world: int, options: dict[str, Any]) -> None:
+    check(pool, "wan", world, options, task=task)
+
+
+def test_experts_conditioned_by_frames_keep_law_1(pool: RankPool) -> None:
+    check(pool, "wan_moe", 4, {"context": 2, "expert": 2, "micro": 2}, task="ti2v")
+    check(pool, "wan_moe", 2, {"tensor": 2, "expert": 2}, task="i2v")
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2 vpp2", "ep2", "tp2 pp2 ep2", "cp3", "cp2 tp2"])

@@ -34,7 +34,7 @@ def whole(piece: Piece) -> Tensor:
     """A tensor of the model in fp64, a function of its name."""
     numel = torch.Size(piece.global_shape).numel()
     values = normal(key_of("twin", piece.name), 0, numel).double().view(piece.global_shape)
-    return 1 + 0.1 * values if "norm.weight" in piece.name else 0.3 * values
+    return 1 + 0.1 * values if piece.name.endswith(("norm.weight", "norm_in.weight")) else 0.3 * values
 
 
 def window(piece: Piece) -> tuple[slice, ...]:
@@ -43,7 +43,9 @@ def window(piece: Piece) -> tuple[slice, ...]:
 
 def inputs_of(config: Any, span: Span) -> ModelInput:
     noised = FlowObjective(config.diffusion, 1).noise(packs_of(config, range(2)).part(span)).input
-    return replace(noised, patches_BTP=noised.patches_BTP.double(), text_GLD=noised.text_GLD.double())
+    image_GLI = None if noised.image_GLI is None else noised.image_GLI.double()
+    patches_BTP, text_GLD = noised.patches_BTP.double(), noised.text_GLD.double()
+    return replace(noised, patches_BTP=patches_BTP, text_GLD=text_GLD, image_GLI=image_GLI)
 
 
 def run_sharded(config: Any, world: int) -> dict[str, Any]:
@@ -112,9 +114,28 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def twin() -> dict[str, Any]:
-    config = tiny_config("wan")
+IMAGE = {"task": "i2v", "image": (10, 5, 0)}
+MODELS = {"t2v": {}, "i2v": IMAGE, "first-last frame": {"task": "i2v", "image": (10, 6, 6)}, "ti2v": {"task": "ti2v"}}
+MODEL_LAYOUTS = {
+    **{("t2v", name): layout for name, layout in LAYOUTS.items()},
+    **{("i2v", name): LAYOUTS[name] for name in ("tp2", "tp2 without sp", "cp3 selective recompute")},
+    ("i2v", "cp2 tp2 full recompute"): LAYOUTS["cp2 tp2 full recompute"],
+    ("first-last frame", "one rank"): LAYOUTS["one rank"],
+    ("first-last frame", "tp4"): LAYOUTS["tp4"],
+    ("ti2v", "tp2 selective recompute"): LAYOUTS["tp2 selective recompute"],
+    ("ti2v", "cp4"): LAYOUTS["cp4"],
+}
+TWINS: dict[str, dict[str, Any]] = {}
+
+
+def twin_of(kind: str) -> dict[str, Any]:
+    """What the plain model gives; computed once."""
+    if kind not in TWINS:
+        TWINS[kind] = plain_twin(tiny_config("wan", **MODELS[kind]))
+    return TWINS[kind]
+
+
+def plain_twin(config: Any) -> dict[str, Any]:
     inputs = inputs_of(config, Span(0, config.data.pack_tokens))
     inputs.patches_BTP.requires_grad_()
     weights = {
@@ -127,10 +148,11 @@ def twin() -> dict[str, Any]:
     return {"velocity": velocity.detach(), "patches": inputs.patches_BTP.grad, "weights": weights, "valid": valid}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_sharded_model_equals_its_plain_twin(pool: RankPool, twin: dict[str, Any], name: str) -> None:
-    world, options = LAYOUTS[name]
-    for told in pool.run(world, run_sharded, tiny_config("wan", **options), world):
+@pytest.mark.parametrize(("kind", "name"), MODEL_LAYOUTS)
+def test_sharded_model_equals_its_plain_twin(pool: RankPool, kind: str, name: str) -> None:
+    world, options = MODEL_LAYOUTS[kind, name]
+    twin = twin_of(kind)
+    for told in pool.run(world, run_sharded, tiny_config("wan", **MODELS[kind], **options), world):
         close(told["velocity"] * twin["valid"], twin["velocity"], "velocity")
         close(told["patches"] * twin["valid"], twin["patches"], "gradient of the patches")
         for tensor, (piece, part, _) in told["weights"].items():
@@ -167,8 +189,9 @@ def test_every_stage_builds_and_runs_alone(pool: RankPool, family: str, world: i
             assert shape == (velocity if is_last else hidden)
 
 
-def test_norm_across_heads_without_its_backward_sum_would_show(pool: RankPool, twin: dict[str, Any]) -> None:
+def test_norm_across_heads_without_its_backward_sum_would_show(pool: RankPool) -> None:
     """The first test can fail: q and k normalised with a sum that only the forward pass reduces."""
+    twin = twin_of("t2v")
     for told in pool.run(2, run_without_backward_sum, tiny_config("wan", tensor=2)):
         piece, part, _ = told["weights"]["blocks.0.self_attention.q.weight"]
         want = twin["weights"]["blocks.0.self_attention.q.weight"].grad[window(piece)]

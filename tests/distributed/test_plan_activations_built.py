@@ -6,6 +6,7 @@ from tests.support.plan_measured import Case, measure_on
 from tests.support.ranks import RankPool
 
 MODEL = {"hidden_size": 96, "num_heads": 4, "ffn_size": 256, "text_length": 8}
+IMAGE = {**MODEL, "task": "i2v", "in_channels": 12, "out_channels": 4, "image_size": 40, "image_length": 12}
 GELU = {"num_experts": 8, "top_k": 4, "expert_ffn_size": 64, "shared_ffn_size": 64}
 SWIGLU = {**GELU, "activation": "swiglu", "router": "softmax", "has_bias": False}
 CHOICE = {**GELU, "router": "expert_choice", "shared_ffn_size": 0}
@@ -24,6 +25,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "clips": (384,),
         "pack_tokens": 384,
     },
+    "image branch, clips": {"model": IMAGE, **CLIPS},
+    "image branch, tp2": {"model": IMAGE, "parallel": {"tensor": 2}, **CLIPS},
+    "known frames in the latents": {"model": {**MODEL, "task": "ti2v"}},
     "sigmoid": {"family": "wan_moe", "moe": GELU},
     "softmax, clips": {"family": "wan_moe", "moe": SWIGLU, **CLIPS},
     "expert choice, two packs": {"family": "wan_moe", "moe": CHOICE, "packs": 2},
@@ -47,7 +51,7 @@ def cases() -> dict[tuple[str, str, str], Case]:
         for recompute in ("none", "selective", "full"):
             for dtype in ("fp32", "bf16") if name in SHAPES else ("bf16",):
                 parallel = {**shape.get("parallel", {}), "recompute": recompute}
-                given = {"clips": (96,), **shape, "parallel": parallel, "dtype": dtype, "model": MODEL}
+                given = {"clips": (96,), "model": MODEL, **shape, "parallel": parallel, "dtype": dtype}
                 found[name, recompute, dtype] = Case(**given)
     return found
 

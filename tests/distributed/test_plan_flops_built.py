@@ -10,10 +10,14 @@ from tests.support.plan_measured import Case, measure_on
 from tests.support.ranks import RankPool
 
 EXPERTS = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 64, "shared_ffn_size": 32}
+IMAGE = {"task": "i2v", "in_channels": 12, "out_channels": 4, "image_size": 24, "image_length": 5}
 CASES = {
     "dense": Case(),
     "dense, several clips and padding, two packs": Case(clips=(48, 30, 6), packs=2),
     "dense, absolute positions off, other widths": Case(model={"absolute_positions": False, "ffn_size": 80}),
+    "image branch": Case(model=IMAGE, clips=(48, 30, 6), packs=2),
+    "image branch with positions": Case(model={**IMAGE, "image_positions": 5}),
+    "known frames in the latents": Case(model={"task": "ti2v"}, clips=(48, 30), packs=2),
     "sigmoid": Case(family="wan_moe", moe=EXPERTS),
     "sigmoid, groups, no bias": Case(
         family="wan_moe", moe={**EXPERTS, "num_experts": 8, "num_groups": 4, "top_groups": 2, "has_bias": False}
@@ -31,7 +35,7 @@ CASES = {
 }
 REPEATED = {
     f"{name}, {recompute}": replace(CASES[name], parallel={"recompute": recompute})
-    for name in ("dense", "swiglu, no shared expert, padding")
+    for name in ("dense", "image branch", "swiglu, no shared expert, padding")
     for recompute in ("selective", "full")
 }
 
@@ -64,11 +68,12 @@ def test_backward_pass_is_twice_the_forward_pass_but_for_what_is_known(
     expected = 2 * sum(planned.values())
     # Flash attention computes its scores again: five products for two.
     expected += 0.5 * (planned["self_attention"] + planned["cross_attention"])
-    # Nobody asks for gradients of patches, of text features and of the timestep's sines.
+    # Nobody asks for gradients of patches, of prompts' features (unless a norm stands before) and of the timestep's
+    # sines.
     clips, tokens = len(case.clips) * case.packs, case.pack_tokens * case.packs
     expected -= 2 * tokens * model.in_channels * model.patch_volume * model.hidden_size
     expected -= 2 * clips * model.text_length * model.text_size * model.hidden_size
-    expected -= 2 * clips * model.frequency_size * model.hidden_size
+    expected -= 2 * clips * model.timesteps_of_clip * model.frequency_size * model.hidden_size
     # Gradients of experts' biases are a product with the table of who belongs to whom.
     if case.family == "wan_moe" and model.moe.has_bias:
         moe, layers = model.moe, model.num_layers - model.moe.dense_first - model.moe.dense_last

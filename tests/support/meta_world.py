@@ -211,11 +211,14 @@ def one_clip_packs(config: RunConfig, count: int, device: torch.device) -> Laten
         Pack((Clip(draw=number, sample=number, start=0, grid=(tokens // 6, 2, 3), frame_rate=4.0),), tokens)
         for number in range(count)
     )
-    channels = model.in_channels * model.patch_volume
+    latent, given = (channels * model.patch_volume for channels in (model.out_channels, model.in_channels))
     return LatentBatch(
         packs,
-        torch.ones(count, tokens, channels, device=device),
+        torch.ones(count, tokens, latent, device=device),
         torch.ones(count, model.text_length, model.text_size, device=device),
+        condition_BTP=torch.ones(count, tokens, given - latent, device=device) if given > latent else None,
+        image_GLI=torch.ones(count, model.image_length, model.image_size, device=device) if model.image_size else None,
+        has_image_G=torch.ones(count, dtype=torch.bool, device=device) if model.image_size else None,
     )
 
 

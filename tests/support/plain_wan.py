@@ -65,24 +65,44 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(heads, dim=-1)
 
 
+def image_tokens(model: ModelConfig, weights: Weights, image: Tensor) -> Tensor:
+    if model.image_positions:
+        image = image + weights["image_embedder.positions"]
+    name = "image_embedder.norm"
+    h = normed(image, 1e-5) * weights[f"{name}_in.weight"] + weights[f"{name}_in.bias"]
+    h = linear(h, weights, "image_embedder.up")
+    h = linear(0.5 * h * (1 + torch.erf(h / math.sqrt(2))), weights, "image_embedder.down")
+    return normed(h, 1e-5) * weights[f"{name}_out.weight"] + weights[f"{name}_out.bias"]
+
+
 def velocity_of_clip(
-    model: ModelConfig, weights: Weights, patches: Tensor, timestep: float, text: Tensor, clip: Clip
+    model: ModelConfig,
+    weights: Weights,
+    patches: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    clip: Clip,
+    image: Tensor | None = None,
 ) -> Tensor:
+    """One clip; ``timestep`` is each token's own, ``image`` its image features if it has an image."""
     eps, split = model.norm_eps, (-1, model.head_size)
     half = model.frequency_size // 2
-    angles = timestep * torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
-    features = torch.cat((angles.cos(), angles.sin())).float().double()
+    rates = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+    angles = timestep.double()[:, None] * rates
+    features = torch.cat((angles.cos(), angles.sin()), -1).float().double()
     vector = linear(
         torch.nn.functional.silu(linear(features, weights, "time_embedder.up")), weights, "time_embedder.down"
     )
-    modulation = linear(torch.nn.functional.silu(vector), weights, "time_embedder.projection").view(6, -1)
+    modulation = linear(torch.nn.functional.silu(vector), weights, "time_embedder.projection")
+    modulation = modulation.view(len(timestep), 6, -1).transpose(0, 1)
     caption = linear(gelu(linear(text, weights, "text_embedder.up")), weights, "text_embedder.down")
+    picture = None if image is None else image_tokens(model, weights, image)
     x = linear(patches, weights, "patch_embedder")
     if model.absolute_positions:
         x = x + place_code(clip, model.hidden_size, model.latent_frame_rate)
     for layer in range(model.num_layers):
         name = f"blocks.{layer}"
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = weights[f"{name}.modulation"] + modulation
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = weights[f"{name}.modulation"][:, None] + modulation
         h = normed(x, eps) * (1 + scale) + shift
         q = rms(linear(h, weights, f"{name}.self_attention.q"), weights[f"{name}.self_attention.q_norm.weight"], eps)
         k = rms(linear(h, weights, f"{name}.self_attention.k"), weights[f"{name}.self_attention.k_norm.weight"], eps)
@@ -95,23 +115,29 @@ def velocity_of_clip(
         k = rms(k, weights[f"{name}.cross_attention.k_norm.weight"], eps)
         v = linear(caption, weights, f"{name}.cross_attention.v")
         attended = attend(q.unflatten(-1, split), k.unflatten(-1, split), v.unflatten(-1, split))
+        if picture is not None:
+            k = linear(picture, weights, f"{name}.cross_attention.image_k")
+            k = rms(k, weights[f"{name}.cross_attention.image_k_norm.weight"], eps)
+            v = linear(picture, weights, f"{name}.cross_attention.image_v")
+            attended = attended + attend(q.unflatten(-1, split), k.unflatten(-1, split), v.unflatten(-1, split))
         x = x + linear(attended, weights, f"{name}.cross_attention.out")
         h = normed(x, eps) * (1 + ffn_scale) + ffn_shift
         x = x + linear(gelu(linear(h, weights, f"{name}.ffn.up")), weights, f"{name}.ffn.down") * ffn_gate
-    shift, scale = weights["head.modulation"] + vector
+    shift, scale = weights["head.modulation"][:, None] + vector
     return linear(normed(x, eps) * (1 + scale) + shift, weights, "head.projection")
 
 
 def velocity(model: ModelConfig, weights: Weights, inputs: ModelInput) -> Tensor:
     """[B, T, P]; zero in the padding."""
-    out = torch.zeros_like(inputs.patches_BTP)
+    out = inputs.patches_BTP.new_zeros(*inputs.patches_BTP.shape[:2], model.out_channels * model.patch_volume)
     number = 0
     for row, pack in enumerate(inputs.packs):
         for clip in pack.clips:
             window = slice(clip.start, clip.start + clip.tokens)
+            has_image = inputs.has_image_G is not None and bool(inputs.has_image_G[number])
             out[row, window] = velocity_of_clip(
-                model, weights, inputs.patches_BTP[row, window], float(inputs.timestep_R[number]),
-                inputs.text_GLD[number], clip,
+                model, weights, inputs.patches_BTP[row, window], inputs.timestep_R[inputs.row_BT[row, window]],
+                inputs.text_GLD[number], clip, inputs.image_GLI[number] if has_image else None,
             )  # fmt: skip
             number += 1
     return out

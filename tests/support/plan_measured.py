@@ -108,9 +108,11 @@ class Case:
             packs=packs,
             start=span.start,
             patches_BTP=torch.randn(*row_BT.shape, model.in_channels * model.patch_volume),
-            timestep_R=torch.full((clips,), 500.0),
+            timestep_R=torch.full((clips * model.timesteps_of_clip,), 500.0),
             row_BT=row_BT,
             text_GLD=torch.randn(clips, model.text_length, model.text_size),
+            image_GLI=torch.randn(clips, model.image_length, model.image_size) if model.image_size else None,
+            has_image_G=torch.ones(clips, dtype=torch.bool) if model.image_size else None,
         )
 
 
@@ -213,7 +215,7 @@ def saved(case: Case) -> dict[str, Any]:
 
     def keep_given(block: Any, arguments: tuple[Any, ...]) -> None:
         given = arguments[1]
-        for value in vars(given).values():
+        for value in (*vars(given).values(), *vars(given.prompts).values()):
             if isinstance(value, Tensor):
                 keep(value)
 

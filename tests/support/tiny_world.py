@@ -44,9 +44,14 @@ def tiny_config(
     channels: int = 4,
     text: tuple[int, int] = (8, 6),
     pack_tokens: int = 96,
+    task: str = "t2v",
+    image: tuple[int, int, int] = (0, 257, 0),
     **parallel: Any,
 ) -> RunConfig:
-    """Four layers of width 48; of ``wan_moe`` the middle two have four experts, a shared one and biases."""
+    """Four layers of width 48; of ``wan_moe`` the middle two have four experts, a shared one and biases.
+
+    ``image`` is the width of image features, their tokens, and learned positions.
+    """
     experts = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 32, "shared_ffn_size": 32, "bias_update_rate": 1e-2}
     return RunConfig(
         model=ModelConfig(
@@ -55,8 +60,12 @@ def tiny_config(
             hidden_size=48,
             num_heads=4,
             ffn_size=96,
-            in_channels=channels,
+            in_channels=2 * channels + 4 if task == "i2v" else channels,
             out_channels=channels,
+            task=task,
+            image_size=image[0],
+            image_length=image[1],
+            image_positions=image[2],
             text_size=text[0],
             text_length=text[1],
             frequency_size=16,
@@ -79,22 +88,34 @@ def packs_of(config: RunConfig, numbers: range) -> LatentBatch:
     """
     packs, texts, clean = [], [], []
     model = config.model
+    latent, given = (channels * model.patch_volume for channels in (model.out_channels, model.in_channels))
     for number in numbers:
         # A seed with which no routing decision of three steps is near a tie, see test_routing_flips.
         generator = torch.Generator().manual_seed(1000 + number)
         grids = [(1, 6, 6), (3, 4, 4)] if number % 2 else [(1, 4, 4), (2, 4, 6), (1, 2, 2)]
-        rows, clips, start = torch.zeros(config.data.pack_tokens, model.in_channels * model.patch_volume), [], 0
+        rows, clips, start = torch.zeros(config.data.pack_tokens, latent), [], 0
         for place, grid in enumerate(grids):
             if start + math.prod(grid) > config.data.pack_tokens:
                 break
-            clip = Clip(draw=10 * number + place, sample=number, start=start, grid=grid, frame_rate=4.0 / 2**place)
+            known = (0,) if model.task == "ti2v" and grid[0] > 1 else ()
+            clip = Clip(10 * number + place, number, start, grid, frame_rate=4.0 / 2**place, known=known)
             rows[start : start + clip.tokens] = torch.randn(clip.tokens, rows.shape[1], generator=generator)
             texts.append(torch.randn(model.text_length, model.text_size, generator=generator))
             clips.append(clip)
             start += clip.tokens
         packs.append(Pack(tuple(clips), config.data.pack_tokens))
         clean.append(rows)
-    return LatentBatch(tuple(packs), torch.stack(clean), torch.stack(texts))
+    batch = LatentBatch(tuple(packs), torch.stack(clean), torch.stack(texts))
+    # From another stream, so that what all tasks share is the same in all. Still images are clips without an image.
+    generator = torch.Generator().manual_seed(2000 + numbers.start)
+    if model.task == "i2v":
+        shape = (len(packs), config.data.pack_tokens, given - latent)
+        batch = replace(batch, condition_BTP=torch.randn(shape, generator=generator))
+    if model.image_size:
+        image_GLI = torch.randn(len(texts), model.image_length, model.image_size, generator=generator)
+        has_image_G = torch.tensor([clip.grid[0] > 1 for clip in batch.clips])
+        batch = replace(batch, image_GLI=image_GLI * has_image_G.view(-1, 1, 1), has_image_G=has_image_G)
+    return batch
 
 
 def microbatches(config: RunConfig, mesh: Mesh, step: int) -> list[LatentBatch]:

@@ -47,7 +47,7 @@ def test_an_illegal_layout_says_what_got_limit_and_where(world: int, parallel: d
 def test_an_expert_for_some_noise_levels_draws_no_pictures_while_it_trains() -> None:
     half = replace(config(), diffusion=DiffusionConfig(sigma_min=0.9))
     assert layout_of(half, 1).world_size == 1
-    with pytest.raises(ConfigError, match=r"needs all noise levels, .* sigma_min = 0\.9 to sigma_max = 1\.0"):
+    with pytest.raises(ConfigError, match=r"needs all noise levels, .*\.sigma_min = 0\.9 to sigma_max = 1\.0"):
         layout_of(replace(half, log=LogConfig(sample_interval_steps=5)), 1)
 
 
