@@ -18,10 +18,10 @@ def tables_of(found: Hindcast) -> str:
     numbers = found.calibration.numbers()
     source = f"fitted to {len(found.rows)} published runs of hindcast.toml by tools/fit_calibration.py"
     lines = [f'[fitted.{name}]\nvalue = {numbers[name]:.6g}\nsource = "{source}"\n' for name in FREE]
-    errors = ",\n".join(f"    {row.family_error:.6f}" for row in found.rows)
+    errors = "\n".join(f"{name} = [{', '.join(f'{e:.4f}' for e in row)}]" for name, row in found.errors().items())
     lines.append(
-        "# Predicted over published throughput less one, row by row in the order of hindcast.toml, with the row's\n"
-        f"# whole family left out of the fit.\n[errors]\nleft_out = [\n{errors},\n]\n"
+        "# Predicted over published throughput less one, by accelerator, row by row in the order of hindcast.toml,\n"
+        f"# with all rows of the row's publisher left out of the fit.\n[errors]\n{errors}\n"
     )
     return "\n".join(lines)
 

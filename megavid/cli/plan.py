@@ -310,6 +310,7 @@ def _data(request: Request, config: RunConfig) -> int:
 
 
 def _hindcast(rest: list[str]) -> int:
+    from megavid.plan.calibration import FREE
     from megavid.plan.hindcast import hindcast, table_text
 
     is_json = take_flag(rest, "--json")
@@ -319,17 +320,27 @@ def _hindcast(rest: list[str]) -> int:
     rows = [
         {
             "name": row.run.name,
-            "source": f"{row.run.title}, {row.run.address}",
+            "source": f"{row.run.source.title}, {row.run.source.address}",
+            "recipe": row.run.source.recipe,
+            "publisher": row.run.source.publisher,
+            "note": row.run.note,
             "published_step_s": row.published_s,
             "predicted_step_s": row.predicted_s,
             "published_mfu": row.published_mfu,
             "predicted_mfu": row.predicted_mfu,
             "error": row.error,
-            "family_error": row.family_error,
+            "model_error": row.family_error,
+            "publisher_error": row.publisher_error,
         }
         for row in found.rows
     ]
-    table = {"rows": rows, "mean_error": found.mean_error, "mean_family_error": found.mean_family_error}
+    table = {
+        "rows": rows,
+        "mean_error": found.mean_error,
+        "mean_model_error": found.mean_family_error,
+        "mean_publisher_error": found.mean_publisher_error,
+        "fitted": {name: found.calibration.numbers()[name] for name in FREE},
+    }
     _print(table if is_json else table_text(found))
     return 0
 

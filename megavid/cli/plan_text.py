@@ -130,7 +130,7 @@ def _summary(answer: Answer) -> list[str]:
         ),
         ("fits", room),
         ("step", f"{significant(fast)} to {significant(slow)} s, {scaled(answer.tokens_per_s)} tokens/s in the middle"),
-        ("MFU", f"{percent(low)} to {percent(high)} of the dense bf16 peak (the hindcast's error either way)"),
+        ("MFU", f"{percent(low)} to {percent(high)} of the dense bf16 peak (as far off as {answer.evidence})"),
         ("binds", answer.binding.text),
     ]
     lines = [line for name, text in rows for line in wrapped(name, text)]

@@ -13,7 +13,7 @@ from megavid.plan.calibration import Calibration
 from megavid.plan.flops import Flops, forward_flops, recompute_flops
 from megavid.plan.goodput import Faults, Goodput, checkpoint_bytes, plan_goodput
 from megavid.plan.hardware import Hardware
-from megavid.plan.hindcast import interval
+from megavid.plan.hindcast import evidence
 from megavid.plan.layout import Layout, layout_of, microbatches_of_step
 from megavid.plan.memory import GIB, Memory, host_bytes, memory_of, worst_memory
 from megavid.plan.parameters import Counts, count, count_rank
@@ -74,6 +74,7 @@ class Answer:
         time: a step.
         mfu: model FLOPs over what the accelerators could do in that time, dense bf16.
         mfu_interval: likewise, lowest and highest after the errors of the hindcast.
+        evidence: which published runs those errors are of, in words.
         goodput: checkpoints and failures.
         budget_tokens: video tokens to train on.
         binding: what holds the run back, and what to try.
@@ -96,6 +97,7 @@ class Answer:
     time: StepTime
     mfu: float
     mfu_interval: tuple[float, float]
+    evidence: str
     goodput: Goodput
     budget_tokens: float
     binding: Binding
@@ -170,6 +172,7 @@ class Answer:
             "step_time_parts_s": dict(self.time.parts),
             "mfu": self.mfu,
             "mfu_interval": list(self.mfu_interval),
+            "mfu_interval_of": self.evidence,
             "hfu": self.hfu,
             "tokens_per_s": self.tokens_per_s,
             "budget": self._budget_json(),
@@ -236,7 +239,7 @@ def plan_run(
     counts = count(config.model)
     work = work_of(config, workload)
     traffic_stage, transfers = _most_traffic(config, layout, workload, hardware)
-    rates = faults or Faults()
+    rates, basis = faults or Faults(), evidence(hardware)
     host = host_bytes(config, layout, stage)
     goodput = plan_goodput(
         checkpoint_size=checkpoint_bytes(counts.total, config.optimizer),
@@ -265,7 +268,8 @@ def plan_run(
         traffic_stage=traffic_stage,
         time=time,
         mfu=share,
-        mfu_interval=interval(share),
+        mfu_interval=basis.interval(share),
+        evidence=basis.text,
         goodput=goodput,
         budget_tokens=budget_tokens or float(config.train.steps * workload.packs_per_step * workload.tokens),
         binding=binding_of(config, layout, workload, hardware, memory, time, headroom=headroom),

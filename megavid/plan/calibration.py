@@ -24,6 +24,7 @@ FREE: Mapping[str, tuple[float, float]] = {
     "matrix_efficiency": (0.55, 0.95),
     "estimated_glue_factor": (0.8, 4.0),
     "routing_imbalance": (1.0, 2.0),
+    "expert_overlap": (0.0, 1.0),
 }
 """Numbers that the hindcast fits, each with the range that is physically plausible."""
 PROBE_RANGES: Mapping[str, tuple[float, float]] = {

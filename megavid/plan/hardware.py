@@ -26,6 +26,7 @@ class Hardware:
 
     Attributes:
         name: as on the command line.
+        generation: of its architecture ("hopper"); empty for a machine that is not in the table.
         peak: dense FLOP/s by number format ("bf16", "fp8", "fp32").
         memory_bytes: memory that the driver reports.
         memory_rate: bytes/s between memory and the chip.
@@ -45,6 +46,7 @@ class Hardware:
     nvlink_domain: int
     network_rate: float
     exponential_rate: float = math.inf
+    generation: str = ""
     source: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -5,7 +5,6 @@ FLOPs) and ``PublishedRun`` (one line of a published table with its layout). Wha
 ``reference_stage``'s; nothing here is read when one of our own models is planned.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +39,7 @@ class ReferenceModel:
         query_rank: width that queries are squeezed to (latent attention); 0 for none.
         kv_rank: width that keys and values are squeezed to, rotary part included.
         extra_layers: layers that predict tokens further ahead, with an output each; on the last stage.
+        family: key of the model that this one is a cut of (fewer layers); empty for none.
     """
 
     layers: int
@@ -63,6 +63,7 @@ class ReferenceModel:
     query_rank: int = 0
     kv_rank: int = 0
     extra_layers: int = 0
+    family: str = ""
 
     @property
     def query_width(self) -> int:
@@ -100,6 +101,11 @@ class ReferenceModel:
         if self.text_length:
             products += [Product("projections", rows, hidden, hidden / tp, calls=2)]
         return tuple(products)
+
+    def latent_share(self) -> float:
+        """Of the projections' FLOPs, those that widen the squeezed queries, keys and values (latent attention)."""
+        flops = [product.flops for product in self.projections(1.0, 1)]
+        return (flops[1] + flops[2]) / sum(flops)
 
     def attention_flops(self, tokens: float, seen: float) -> float:
         """Forward FLOPs of self-attention of one layer for ``tokens`` queries that see ``seen`` keys each."""
@@ -159,14 +165,29 @@ class ReferenceModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a measurement is from.
+
+    Attributes:
+        publisher: who measured; all of a publisher's rows are left out together in the strictest error.
+        title: of the page or the paper.
+        address: where its figure is.
+        recipe: where its layout is, if not at the address.
+    """
+
+    publisher: str
+    title: str
+    address: str
+    recipe: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PublishedRun:
     """One published measurement with its layout.
 
     Attributes:
         name: short, unique.
-        family: rows that share model, engine and source; left out together in the stricter error.
-        title: of the source.
-        address: of the source.
+        source: where it is from.
         model: key of the model table.
         hardware: as in ``hardware.toml``.
         gpus: ranks.
@@ -181,7 +202,8 @@ class PublishedRun:
         dispatcher: "alltoall" sends every copy of a token; "dedup" (DeepEP, HybridEP) one for each node.
         overlap: axes whose communication runs beside computation: "tp", "dp", "ep", "pp".
         has_fsdp: weights are sharded over data parallelism and gathered in every microbatch.
-        recompute: forward passes done again, by part; "all" for every part.
+        recompute_layers: share of the layers whose whole forward pass is done again.
+        recompute_modules: modules of every layer that are done again, as Megatron's ``--recompute-modules`` names them.
         gradient_bytes: of a gradient while it is reduced.
         stage_layers: layers of the largest stage; 0 for an even split.
         last_layers: layers of the last stage, which has the output too; 0 for ``stage_layers``.
@@ -189,9 +211,7 @@ class PublishedRun:
     """
 
     name: str
-    family: str
-    title: str
-    address: str
+    source: Source
     model: str
     hardware: str
     gpus: int
@@ -212,7 +232,8 @@ class PublishedRun:
     dispatcher: Literal["alltoall", "dedup"] = "alltoall"
     overlap: tuple[str, ...] = ()
     has_fsdp: bool = False
-    recompute: Mapping[str, float] | None = None
+    recompute_layers: float = 0.0
+    recompute_modules: tuple[str, ...] = ()
     gradient_bytes: int = 4
     stage_layers: int = 0
     last_layers: int = 0

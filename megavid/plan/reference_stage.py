@@ -4,8 +4,10 @@ Owns the layout rules of Megatron's engine for the models of ``reference``. The 
 rules as for our own models; nothing here is fitted.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from megavid.config.schema import require
 from megavid.plan.critical_path import Stage
 from megavid.plan.hardware import Hardware
 from megavid.plan.kernels import Attention, Beside, Exchange, Product
@@ -15,6 +17,16 @@ SIZE = 2
 """Bytes of an activation or a weight (bf16)."""
 OPTIMIZER_BYTES = 30
 """Bytes that Adam moves for each number that a rank updates: master and two moments both ways, gradient, weight."""
+PARTS = ("self_attention", "cross_attention", "projections", "dense_ffn", "experts", "shared_expert", "router")
+"""Parts of a layer that a forward pass done again can have."""
+MODULES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "layernorm": ((), ("layernorm",)),
+    "moe_act": ((), ("expert_activation",)),
+    "moe": (("experts", "router", "shared_expert"), ("expert_activation", "permutation", "shared_activation")),
+    "mla_up_proj": ((), ("rotary",)),
+}
+"""Megatron's names of modules that are computed again (``TransformerConfig.recompute_modules``): parts whose products
+that repeats, and memory-bound operators. Of ``mla_up_proj``, a share of the projections besides."""
 
 
 def stages_of(run: PublishedRun, model: ReferenceModel, hardware: Hardware) -> tuple[Stage, ...]:
@@ -43,18 +55,7 @@ class _Shard:
             self.moe += model.extra_layers if model.experts else 0
             self.dense += 0 if model.experts else model.extra_layers
         self.outputs = (1 + model.extra_layers) if is_last and model.vocabulary else 0
-        self.again = {**(run.recompute or {})}
-        everything = self.again.pop("all", 0.0)
-        for part in (
-            "self_attention",
-            "cross_attention",
-            "projections",
-            "dense_ffn",
-            "experts",
-            "shared_expert",
-            "glue",
-        ):
-            self.again[part] = max(self.again.get(part, 0.0), everything)
+        self.again = self._recomputed()
 
     @property
     def layers(self) -> int:
@@ -75,7 +76,7 @@ class _Shard:
         return Stage(
             products=tuple(products),
             attention=self._attention(),
-            glue_bytes=self._glue(),
+            glue_bytes=sum(forward + backward for forward, backward in self._glue().values()),
             is_estimate=True,
             recompute=self.again,
             operators=70.0 * self.dense + 250.0 * self.moe,
@@ -100,28 +101,57 @@ class _Shard:
             works.append(Attention("cross_attention", flops, float(model.text_length), head))
         return tuple(works)
 
-    def _glue(self) -> float:
-        """Bytes of memory-bound operators, both passes: each operator reads its inputs and writes its outputs once.
+    def _recomputed(self) -> dict[str, float]:
+        """Forward passes done again, by part; "glue" in thirds of all memory-bound bytes, as the critical path counts.
 
-        A fused Transformer Engine layer: two norms (2 passes of the width forward, 3 backward), two residual sums (3
-        and 3), rotary embedding and layout changes of q, k, v (4 and 4), a norm of q and k (2 and 3), an activation
-        (3 and 5 of the hidden width). A layer with experts permutes rows four times each way. A video layer modulates:
-        58 passes of the width, 30 of q and k (rotary embedding out of several operators), from
-        Megatron-Bridge's wan_layer_spec.py.
+        Raises:
+            ConfigError: a module that is not in ``MODULES``.
+        """
+        run = self.run
+        again, glue = dict.fromkeys(PARTS, run.recompute_layers), self._glue()
+        repeated = run.recompute_layers * sum(glue[name][0] for name in glue if name != "logits")
+        for module in run.recompute_modules:
+            require(module in MODULES, f"published run '{run.name}': unknown recompute module '{module}'")
+            parts, operators = MODULES[module]
+            again |= dict.fromkeys(parts, 1.0)
+            repeated += sum(glue[name][0] for name in operators)
+            if module == "mla_up_proj":
+                again["projections"] = self.model.latent_share()
+        total = sum(forward + backward for forward, backward in glue.values())
+        return {**again, "glue": 3.0 * repeated / total}
+
+    def _glue(self) -> dict[str, tuple[float, float]]:
+        """Bytes of memory-bound operators, forward and backward: each reads its inputs and writes its outputs once.
+
+        A fused Transformer Engine layer, in passes of the width: two norms, two residual sums, rotary embedding and
+        layout changes of q, k, v, a norm of q and k, an activation, and with experts four permutations of their rows
+        each way. A video layer modulates: 58 passes of the width, 30 of q and k (rotary embedding out of several
+        operators), a third of them forward, from Megatron-Bridge's wan_layer_spec.py.
         """
         model, run = self.model, self.run
-        heads = (model.query_width + 2 * model.kv_width) / run.tp
-        per_layer = 8.0 * heads * self.span + 22.0 * model.hidden * self.own
+        width, own, size = float(model.hidden), self.own, SIZE * self.layers
+        heads = (model.query_width + 2 * model.kv_width) / run.tp * self.span
+        gates = (3, 5) if model.is_gated else (2, 3)
         if model.text_length:
-            per_layer = (58.0 * self.own + 80.0 * self.span / run.tp) * model.hidden
+            video = size * (58.0 * own + 80.0 * self.span / run.tp) * width / 3
+            found = {"layer": (video, 2 * video)}
+        else:
+            found = {
+                "layernorm": _passes(size * width * own, 4, 6),
+                "residual": _passes(size * width * own, 6, 6),
+                "rotary": _passes(size * heads, 4, 4),
+            }
         if model.has_qk_norm:
-            per_layer += 5.0 * heads * self.span
-        dense = 8.0 * model.ffn / run.tp * self.span if model.is_gated else 5.0 * model.ffn / run.tp * self.span
-        rows = self.own * model.top_k * run.etp
-        shared = 8.0 * model.shared_ffn / run.tp * self.span
-        moe = rows * (12.0 * model.hidden + 8.0 * model.expert_ffn / run.etp) + 10.0 * model.hidden * self.own + shared
-        logits = 8.0 * self.span * model.vocabulary / run.tp * self.outputs
-        return SIZE * (self.layers * per_layer + self.dense * dense + self.moe * moe + logits)
+            found["qk_norm"] = _passes(size * heads, 2, 3)
+        found["activation"] = _passes(SIZE * self.dense * model.ffn / run.tp * self.span, *gates)
+        rows, moe = own * model.top_k * run.etp, SIZE * self.moe
+        found |= {
+            "permutation": _passes(moe * width, 6 * rows + 5 * own, 6 * rows + 5 * own),
+            "expert_activation": _passes(moe * rows * model.expert_ffn / run.etp, 3, 5),
+            "shared_activation": _passes(moe * model.shared_ffn / run.tp * self.span, 3, 5),
+            "logits": _passes(SIZE * self.span * model.vocabulary / run.tp * self.outputs, 4, 4),
+        }
+        return found
 
     def _updated(self) -> float:
         """Numbers that this rank's optimizer updates."""
@@ -219,6 +249,10 @@ class _Shard:
     ) -> Exchange:
         near = self.hardware.ranks_per_domain(group, stride)
         return Exchange(axis, operation, calls, size, group, near, beside)
+
+
+def _passes(size: float, forward: float, backward: float) -> tuple[float, float]:
+    return size * forward, size * backward
 
 
 def _times(work: Product, count: float) -> Product:

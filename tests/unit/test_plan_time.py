@@ -30,6 +30,17 @@ def planned(preset: str, world: int, *overrides: str) -> tuple[RunConfig, Layout
 FLAGSHIP = ("wan_moe_100b_a20b", 1024, "--train.global_batch_size", "1024")
 
 
+def test_attention_alone_takes_what_its_published_benchmark_measured() -> None:
+    """FlashAttention-3 on an H100, head size 128, no mask (arXiv:2407.08608, figures 5 and 6), TFLOP/s."""
+    machine = Machine(H100, CALIBRATION)
+    for keys, forward, backward in ((512, 467, 316), (2048, 625, 501), (16384, 648, 561)):
+        flops = 4.0 * 16384 * keys * 2048
+        seconds = machine.attention(Attention("self_attention", flops, float(keys), 128))
+        near = 0.005 if keys == 16384 else 0.2
+        assert flops / seconds[0] == pytest.approx(forward * 1e12, rel=near)
+        assert 2.5 * flops / seconds[1] == pytest.approx(backward * 1e12, rel=near)
+
+
 def test_parts_add_up_to_the_step_and_none_is_negative() -> None:
     time = step_time(*planned(*FLAGSHIP), H100, CALIBRATION)
     assert time.total == pytest.approx(sum(time.parts.values()))
