@@ -143,7 +143,14 @@ class Experts(nn.Module):
         gate, gate_bias = (None, None) if self.gate is None else self.gate(rows_SD.dtype)
         down, down_bias = self.down(rows_SD.dtype)
         weights = ExpertWeights(up, down, gate, up_bias, gate_bias, down_bias)
-        return grouped_experts(rows_SD, tokens_per_expert, weights, gate_S)
+        compute = grouped_experts if rows_SD.dtype == torch.bfloat16 else _untraced_grouped_experts
+        return compute(rows_SD, tokens_per_expert, weights, gate_S)
+
+
+@torch.compiler.disable
+def _untraced_grouped_experts(rows_SD: Tensor, counts: Tensor, weights: ExpertWeights, gate_S: Tensor) -> Tensor:
+    """``grouped_experts`` behind a graph break: torch 2.13 traces its grouped product in bf16 only."""
+    return grouped_experts(rows_SD, counts, weights, gate_S)
 
 
 class SharedExpert(nn.Module):
