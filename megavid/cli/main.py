@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from megavid import __version__
 from megavid.errors import ConfigError, MegavidError, StorageError
 
-COMMANDS = ("train", "sample", "plan", "profile", "prepare", "inspect", "doctor")
+COMMANDS = ("train", "sample", "plan", "profile", "prepare", "convert", "inspect", "doctor")
 """Every command, in the order of ``megavid --help``."""
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -26,6 +26,7 @@ Examples:
   megavid train tiny --out runs/tiny --ranks 4 --parallel.pipeline 2      goes on in another layout
   megavid plan wan_14b --world-size 64 --gpu h100-80gb --search           what it takes, and the best layout
   megavid sample runs/tiny/checkpoints/latest --prompt "a red circle" --out circle.mp4
+  megavid convert runs/tiny tiny_inference --to diffusers --ema           weights for inference stacks, checked
   megavid profile tiny --out profiles/tiny --ranks 2 --parallel.expert 2  MFU, and where the time of a step goes
   torchrun --nproc-per-node 8 -m megavid train wan_moe_7b_a2b --out runs/7b --data.path SHARDS
 

@@ -39,9 +39,10 @@ _DIFFUSERS_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 """Every key of diffusers' class, with what the class takes where it is not given."""
 _INFERENCE_DEFAULTS: dict[str, Any] = {
-    **_DIFFUSERS_DEFAULTS, "family": "wan", "num_experts": 0, "top_k": 1, "expert_ffn_dim": 1, "shared_ffn_dim": 0,
-    "activation": "gelu", "has_bias": True, "router": "sigmoid", "route_scale": 1.0, "num_groups": 1, "top_groups": 1,
-    "dense_first": 0, "dense_last": 0, "absolute_positions": False, "latent_frame_rate": 4.0, "text_length": 512,
+    **_DIFFUSERS_DEFAULTS, "family": "wan_moe", "num_experts": 8, "top_k": 2, "expert_ffn_dim": 256,
+    "shared_ffn_dim": 0, "activation": "gelu", "has_bias": True, "router": "sigmoid", "route_scale": 1.0,
+    "num_groups": 1, "top_groups": 1, "dense_first": 1, "dense_last": 1, "absolute_positions": False,
+    "latent_frame_rate": 4.0, "text_length": 512, "weight_format": "plain",
 }  # fmt: skip
 _ORIGINAL_DEFAULTS: dict[str, Any] = {
     "model_type": "t2v", "patch_size": [1, 2, 2], "text_len": 512, "in_dim": 16, "dim": 2048, "ffn_dim": 8192,
@@ -120,8 +121,6 @@ def config_json(model: ModelConfig, layout: Layout) -> dict[str, Any]:
         return diffusers
     experts = asdict(model.moe)
     moe = {key: experts[name] for key, name in _EXPERTS.items()}
-    if model.family == "wan":
-        moe = {key: _INFERENCE_DEFAULTS[key] for key in _EXPERTS}
     return {
         **diffusers,
         "_class_name": "MegavidTransformer3DModel",
@@ -163,9 +162,9 @@ def _of_diffusers(fields: Mapping[str, Any], recorded: Recorded, where: str, *, 
     if image_size:
         table |= {"image_length": positions or _IMAGE_LENGTH, "image_positions": positions}
     if is_inference:
+        _require(given, where, weight_format="plain")
         table |= {key: given[key] for key in ("family", "absolute_positions", "latent_frame_rate", "text_length")}
-        if given["family"] == "wan_moe":
-            table["moe"] = {**recorded.get("moe", {}), **{name: given[key] for key, name in _EXPERTS.items()}}
+        table["moe"] = {**recorded.get("moe", {}), **{name: given[key] for key, name in _EXPERTS.items()}}
     return from_table(ModelConfig, table, where)
 
 

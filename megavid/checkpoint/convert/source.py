@@ -19,6 +19,7 @@ from megavid.checkpoint import Checkpoint, SingleRank, resolve
 from megavid.checkpoint.convert.configs import Layout, Recorded, layout_of_class, model_of
 from megavid.checkpoint.convert.lazy import LazyTensor
 from megavid.checkpoint.convert.ledger import Ledger
+from megavid.checkpoint.convert.pipeline import EXPERTS, ORIGINAL_EXPERTS, surroundings
 from megavid.checkpoint.convert.record import RECORD, Record, parse_record, read_record
 from megavid.checkpoint.convert.saved import saved_tensors
 from megavid.checkpoint.convert.shards import OpenFiles, open_shards
@@ -37,15 +38,16 @@ from megavid.checkpoint.files import reading
 from megavid.checkpoint.format import LATEST, MANIFEST
 from megavid.checkpoint.manifest import decode
 from megavid.config.load import from_table
-from megavid.config.schema import ModelConfig, OptimizerConfig, PrecisionConfig, RunConfig
+from megavid.config.schema import DiffusionConfig, ModelConfig, OptimizerConfig, PrecisionConfig, RunConfig
 from megavid.errors import CheckpointError
 
 CONFIG = "config.json"
-PIPELINE = "model_index.json"
 TABLES: dict[Layout, tuple[Row, ...]] = {"diffusers": DIFFUSERS, "inference": INFERENCE, "original": ORIGINAL}
 
 BUFFER = "buffer/"
 MOMENTS = ("exp_avg/", "exp_avg_sq/")
+KINDS = ("model/", "ema/", *MOMENTS)
+"""Beginnings of the full names of what a run saves beside ``BUFFER``."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,11 @@ def open_model(path: Path, *, weights: str = "") -> ModelSource:
             file is cut off, or there is no moving average.
     """
     path = Path(path)
-    if (path / PIPELINE).is_file():
-        parts = [name for name in ("transformer", "transformer_2") if (path / name).is_dir()]
-        if parts != ["transformer"]:
-            raise CheckpointError(
-                f"{path} is a pipeline with {' and '.join(parts) or 'no transformer'}; "
-                f"give one of them, such as {path / 'transformer'}"
-            )
-        path = path / "transformer"
+    parts = [name for name in (*EXPERTS, *ORIGINAL_EXPERTS) if (path / name).is_dir()]
+    if len(parts) > 1:
+        raise CheckpointError(f"{path} holds {len(parts)} transformers; give one of them, such as {path / parts[0]}")
+    if parts and not (path / MANIFEST).is_file():
+        path = path / parts[0]
     if (path / CONFIG).is_file() and not (path / MANIFEST).is_file():
         if weights == "ema":
             raise CheckpointError(f"{path} is no megavid checkpoint and has no moving average; leave --ema out")
@@ -137,7 +136,8 @@ def _open_folder(path: Path) -> ModelSource:
     fields = decode(content, path / CONFIG)
     layout, record, files = layout_of_class(fields, where), read_record(path), OpenFiles()
     raw = open_shards(path, files)
-    model = model_of(fields, raw, Recorded(record.model if record else {}), where)
+    around = surroundings(path)
+    model = model_of(fields, raw, Recorded({**around.model, **(record.model if record else {})}), where)
     _check_floating(raw)
     check_record(record, raw, path)
     ledger = Ledger(record.digests if record else {})
@@ -147,6 +147,7 @@ def _open_folder(path: Path) -> ModelSource:
         model=model,
         precision=PrecisionConfig(dtype=_precision(tensors)),
         optimizer=OptimizerConfig(ema_decay=0.0),
+        diffusion=DiffusionConfig(**around.diffusion),
     )
     return ModelSource(run, tensors, path, layout, ledger, identity=_identity(path, ["*.safetensors", "*.json"]))
 
@@ -170,6 +171,9 @@ def _open_checkpoint(folder: Path, weights: str) -> ModelSource:
     check_same_tensors(own, {name: saved[name] for name in saved if name.startswith(prefixes)}, str(folder))
     tensors = {name: ledger.watch(full[name], saved[full[name]]) for name in expected}
     extra = {name: tensor for name, tensor in saved.items() if name not in own}
+    strange = [name for name in extra if not name.startswith(KINDS)]
+    if strange:
+        raise CheckpointError(f"{folder} holds tensor {strange[0]} ({len(strange)} such), of a kind unknown to convert")
     _check_floating(saved)
     kit = {
         name: checkpoint.read(name)

@@ -47,6 +47,7 @@ def write_model(
     command: str = "",
     keep: Sequence[str] = ("ema/",),
     progress: Progress = lambda count: None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write ``source`` to a new folder ``dst``, with conversion.json beside the weights.
 
@@ -60,6 +61,7 @@ def write_model(
         command: how the user said it; another command does not go on with this one's partial folder.
         keep: see ``plan_target``.
         progress: hears of bytes.
+        check: called with the whole folder before it gets its name; raises to call it off.
 
     Raises:
         ConfigError: ``dst`` exists, or the layout cannot hold the model.
@@ -75,7 +77,7 @@ def write_model(
         source.verify()
         fingerprint = _fingerprint(source, target, command)
         if not journal.read(fingerprint):
-            _clear(partial)
+            clear_folder(partial)
             journal.begin(fingerprint)
         source.ledger.digests.update(journal.sources)
         digests, files = _write_tensors(source, target, partial, journal, progress)
@@ -84,6 +86,8 @@ def write_model(
         for name, content in target.small_files(files, (RECORD, record)).items():
             (partial / name).unlink(missing_ok=True)
             write_file(partial / name, [content])
+        if check is not None:
+            check(partial)
         (partial / JOURNAL).unlink()
 
 
@@ -144,7 +148,7 @@ def storage_errors(partial: Path) -> Iterator[None]:
         raise StorageError(f"{what}; check the storage; the same command goes on from {partial}") from error
 
 
-def _clear(partial: Path) -> None:
+def clear_folder(partial: Path) -> None:
     """Remove what another conversion has left."""
     for entry in partial.iterdir():
         if entry.name == JOURNAL:

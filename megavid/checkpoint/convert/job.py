@@ -1,0 +1,249 @@
+"""One ``megavid convert``: a model, or the two experts of a pipeline, from any layout to any other.
+
+Owns what the command line asks for, where each model goes in the new folder, and what is said of tensors that stay
+behind.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavid.checkpoint.convert import pipeline
+from megavid.checkpoint.convert.pipeline import EXPERTS, ORIGINAL_EXPERTS
+from megavid.checkpoint.convert.shards import OpenFiles, open_shards
+from megavid.checkpoint.convert.source import MOMENTS, ModelSource, open_model
+from megavid.checkpoint.convert.target import MAX_SHARD_BYTES, plan_target
+from megavid.checkpoint.convert.write import (
+    Progress,
+    clear_folder,
+    layout_for,
+    new_folder,
+    refuse_existing,
+    storage_errors,
+    write_model,
+)
+from megavid.errors import ConfigError
+
+Check = Callable[[ModelSource, Path], None]
+"""Called with a source and the folder that was made of it, before that gets its name; raises to call it off."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertRequest:
+    """What the command line asks for; "" and 0 stand for "not given".
+
+    Attributes:
+        src: a model or a pipeline.
+        dst: must not exist.
+        to: layout of the target.
+        command: the command line, for conversion.json.
+        dtype: number format of the matrices; None for as stored.
+        dtype_of: a folder whose tensors' number formats are taken.
+        use_ema: take the moving average for the weights.
+        keep_optimizer: keep Adam's moments (megavid to megavid).
+        max_shard_bytes: size at which a new file begins.
+        base: a pipeline whose other parts are copied.
+        second: the low-noise expert.
+        boundary: between the two, timestep / 1000 after the shift.
+    """
+
+    src: Path
+    dst: Path
+    to: str
+    command: str = ""
+    dtype: torch.dtype | None = None
+    dtype_of: str = ""
+    use_ema: bool = False
+    keep_optimizer: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    base: str = ""
+    second: str = ""
+    boundary: float = 0.0
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """A request, its sources opened and checked for names and shapes.
+
+    Attributes:
+        request: what was asked.
+        sources: one, or the high-noise and the low-noise expert.
+        folders: where each goes, relative to the target; "" for the target itself.
+        boundary: between the two experts; None for one model.
+    """
+
+    request: ConvertRequest
+    sources: Sequence[ModelSource]
+    folders: Sequence[str]
+    boundary: float | None
+
+    @classmethod
+    def of(cls, request: ConvertRequest) -> "ConvertJob":
+        """Open everything.
+
+        Raises:
+            MegavidError: of the kind that fits; nothing was written.
+        """
+        refuse_existing(request.dst)
+        weights = "ema" if request.use_ema else "model"
+        sources = [open_model(path, weights=weights) for path in _model_folders(request)]
+        _refuse_unread(request, sources)
+        boundary = None
+        if len(sources) == 2:
+            boundary = _boundary(request, sources)
+            sources = [_within(sources[0], sigma_min=boundary), _within(sources[1], sigma_max=boundary)]
+        names = ORIGINAL_EXPERTS if request.to == "original" else EXPERTS
+        folders = [""] if len(sources) == 1 and not request.base else list(names[: len(sources)])
+        job = cls(request, sources, folders, boundary)
+        for source in sources:
+            plan_target(source, layout_for(source, request.to), **job._options())
+        if request.base:
+            pipeline.index_of(pipeline.base_parts(Path(request.base)), [s.config for s in sources], boundary)
+        return job
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensor files."""
+        to = self.request.to
+        return sum(plan_target(source, layout_for(source, to), **self._options()).nbytes for source in self.sources)
+
+    def _options(self) -> dict[str, Any]:
+        request = self.request
+        return {
+            "dtype": request.dtype,
+            "dtype_of": _formats(request),
+            "max_shard_bytes": request.max_shard_bytes,
+            "keep": ("ema/", *(MOMENTS if request.keep_optimizer else ())) if not request.use_ema else (),
+        }
+
+    def left_behind(self) -> Iterator[str]:
+        """What of the sources is not in the target, a line each."""
+        for source in self.sources:
+            target = plan_target(source, layout_for(source, self.request.to), **self._options())
+            kinds: dict[str, int] = {}
+            for name in source.extra.keys() - target.tensors.keys():
+                kind = name.partition("/")[0]
+                kinds[kind] = kinds.get(kind, 0) + 1
+            if kinds:
+                told = ", ".join(f"{count} tensors of {kind}" for kind, count in sorted(kinds.items()))
+                yield f"{source.path}: not in the target: {told}"
+
+    def run(self, *, progress: Progress = lambda count: None, check: Check | None = None) -> None:
+        """Convert; raises as ``write_model``."""
+        request = self.request
+        if self.folders == [""]:
+            self._write(self.sources[0], request.dst, progress, check)
+            return
+        with new_folder(request.dst) as partial, storage_errors(partial):
+            self._take_up(partial)
+            for source, name in zip(self.sources, self.folders, strict=True):
+                if (partial / name).exists():  # whole, else it would have another name
+                    progress(plan_target(source, layout_for(source, request.to), **self._options()).nbytes)
+                else:
+                    self._write(source, partial / name, progress, check)
+            if request.to == "diffusers":
+                models = [source.config for source in self.sources]
+                base = pipeline.base_parts(Path(request.base)) if request.base else None
+                index = pipeline.index_of(base, models, self.boundary)
+                if base is not None:
+                    pipeline.copy_parts(Path(request.base), index, partial)
+                pipeline.write_index(partial, index)
+            (partial / _ASKED).unlink()
+
+    def _write(self, source: ModelSource, dst: Path, progress: Progress, check: Check | None) -> None:
+        write_model(
+            source,
+            dst,
+            to=self.request.to,
+            command=self.request.command,
+            progress=progress,
+            check=(lambda folder: check(source, folder)) if check else None,
+            **self._options(),
+        )
+
+    def _take_up(self, partial: Path) -> None:
+        """Go on with what an interrupted run of the same request has done, or begin anew."""
+        facts = [self.request.command, *(source.identity for source in self.sources)]
+        asked = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        note = partial / _ASKED
+        if not note.is_file() or note.read_text() != asked:
+            clear_folder(partial)
+            note.write_text(asked)
+
+
+_ASKED = "asked.sha256"
+
+
+def _model_folders(request: ConvertRequest) -> list[Path]:
+    """The folders of the one model, or of the two experts."""
+    src = request.src
+    for names in (EXPERTS, ORIGINAL_EXPERTS):
+        if all((src / name).is_dir() for name in names):
+            if request.second:
+                raise ConfigError(
+                    f"--second {request.second}: {src} holds two experts already; give one of them as SRC"
+                )
+            return [src / name for name in names]
+    return [src, Path(request.second)] if request.second else [src]
+
+
+def _refuse_unread(request: ConvertRequest, sources: Sequence[ModelSource]) -> None:
+    """Refuse options that would do nothing here."""
+    is_pair = len(sources) == 2
+    if request.boundary and not is_pair:
+        raise ConfigError(
+            f"--boundary {request.boundary:g} stands between two experts; give the low-noise one: --second"
+        )
+    if request.base and request.to != "diffusers":
+        raise ConfigError(f"--pipeline {request.base} goes with --to diffusers only, got --to {request.to}")
+    is_resave = request.to == "megavid" and all(source.layout == "megavid" for source in sources)
+    if request.keep_optimizer and not is_resave:
+        raise ConfigError("--optimizer goes from megavid to megavid only: no other layout has a place for it")
+    if request.keep_optimizer and request.use_ema:
+        raise ConfigError("--optimizer and --ema exclude each other: the moments belong to the weights")
+    if request.dtype is not None and request.dtype_of:
+        raise ConfigError("--dtype and --dtype-of exclude each other")
+    if request.keep_optimizer and request.dtype is not None:
+        raise ConfigError("--optimizer goes with the weights as stored; leave --dtype out")
+
+
+def _boundary(request: ConvertRequest, sources: Sequence[ModelSource]) -> float:
+    """Between two experts: as given, and as the sources say; they must agree."""
+    high, low = (source.run.diffusion for source in sources)
+    told = {
+        f"--boundary {request.boundary:g}": request.boundary,
+        f"sigma_min of {sources[0].path}": high.sigma_min,
+        f"sigma_max of {sources[1].path}": low.sigma_max if low.sigma_max < 1 else 0.0,
+    }
+    known = {what: value for what, value in told.items() if value}
+    if not known:
+        raise ConfigError(
+            "--boundary X is missing: where inference switches between the experts, timestep / 1000 after the shift "
+            "(Wan 2.2: 0.875 for text-to-video, 0.9 for image-to-video)"
+        )
+    if len(set(known.values())) > 1:
+        raise ConfigError(f"the boundary between the experts is told twice: {', '.join(known)}: {[*known.values()]}")
+    for source, is_wrong in zip(sources, (high.sigma_max < 1, low.sigma_min > 0), strict=True):
+        if is_wrong:
+            raise ConfigError(
+                f"{source.path} was trained on noise levels {source.run.diffusion.sigma_min:g} to "
+                f"{source.run.diffusion.sigma_max:g}: SRC must be the high-noise expert, --second the low-noise one"
+            )
+    return pipeline.check_boundary(next(iter(known.values())), "--boundary")
+
+
+def _within(source: ModelSource, **levels: Any) -> ModelSource:
+    return replace(source, run=replace(source.run, diffusion=replace(source.run.diffusion, **levels)))
+
+
+def _formats(request: ConvertRequest) -> Mapping[str, torch.dtype] | None:
+    """Number format of every tensor of the folder that ``--dtype-of`` names."""
+    if not request.dtype_of:
+        return None
+    files = OpenFiles()
+    return {name: tensor.dtype for name, tensor in open_shards(Path(request.dtype_of), files).items()}
