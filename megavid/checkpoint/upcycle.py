@@ -28,42 +28,25 @@ Source: "Upcycling Large Language Models into Mixture of Experts" (arXiv:2410.07
 there the expert weights are scaled instead.
 """
 
+import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megavid.checkpoint.convert import LazyTensor, ModelSource
+from megavid.checkpoint.convert.tables import expected_tensors
 from megavid.config.schema import ModelConfig, MoEConfig, require
 from megavid.ops.philox import key_of, normal_box
-from megavid.plan.parameters import tensors
 
 MAX_NOISE = 2.0
 """Largest deviation of the router's logits at the start."""
 
 _EXPERT = re.compile(r"(blocks\.\d+)\.moe\.experts\.(\d+)\.(up|down)\.(weight|bias)")
 _ROUTER = re.compile(r"blocks\.\d+\.moe\.router\.(weight|expert_bias)")
-
-
-class LazyTensor(Protocol):
-    """A tensor of a model that has not been read yet."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape in model space."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its dtype where it lies."""
-
-    def read(self) -> Tensor:
-        """All of it, on the CPU."""
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop - 1`` of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,106 +168,86 @@ def cut_of(name: str, how: Upcycling) -> Cut | None:
     return Cut(source, factor=missing / parts)
 
 
-def upcycled(
-    dense: ModelConfig, source: Mapping[str, LazyTensor], how: Upcycling
-) -> tuple[ModelConfig, dict[str, LazyTensor]]:
-    """The upcycled model: its config, and its tensors in model space, none of them read yet.
+def upcycled(source: ModelSource, how: Upcycling) -> ModelSource:
+    """The upcycled model, its tensors in model space; nothing is read yet.
 
     Args:
-        dense: config of the source.
-        source: every tensor of it by its name in model space.
+        source: a dense model.
         how: what to make of it.
 
     Raises:
         ConfigError: see ``Upcycling.model_of``.
     """
-    model = how.model_of(dense)
-    last_read = _LastRead(source)
+    model = how.model_of(source.config)
+    last_read = _LastRead()
     found: dict[str, LazyTensor] = {}
-    for name, shape in _shapes(model):
+    for name, shape in expected_tensors(model).items():
         cut = cut_of(name, how)
         if cut is None:
-            found[name] = _RouterTensor(name, shape, how)
-        elif cut == Cut(name):
-            found[name] = source[name]
-        else:
-            found[name] = _CutTensor(shape, cut, source[cut.source], last_read)
-    return model, found
+            found[name] = _router_tensor(name, shape, how)
+            continue
+        dense = source.tensors[cut.source]
+        if cut.dim == 0:
+            dense = _rows_of(dense, cut, shape)
+        elif cut.dim == 1:
+            dense = _columns_of(dense, cut, shape, last_read)
+        found[name] = _scaled(dense, cut.factor)
+    return source.with_model(model, found)
 
 
-def _shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the model, the balancing bias among them."""
-    for tensor in tensors(model):
-        yield tensor.name, tensor.shape
-        if model.moe.router == "sigmoid" and tensor.part == "router":
-            yield tensor.name.replace(".weight", ".expert_bias"), tensor.shape[:1]
+def _rows_of(dense: LazyTensor, cut: Cut, shape: tuple[int, ...]) -> LazyTensor:
+    """Part of a dense tensor whose rows are cut: one range of its elements."""
+    first, fetch = cut.part * math.prod(shape), dense.fetch
+    return replace(dense, shape=shape, fetch=lambda start, stop: fetch(first + start, first + stop), key="")
+
+
+def _columns_of(dense: LazyTensor, cut: Cut, shape: tuple[int, ...], last_read: "_LastRead") -> LazyTensor:
+    """Part of a dense matrix whose columns are cut; they are strewn over all of it."""
+    width = shape[1]
+
+    def fetch(start: int, stop: int) -> Tensor:
+        own = last_read.read(dense)[:, cut.part * width : (cut.part + 1) * width]
+        first, last = start // width, -(-stop // width)
+        return own[first:last].reshape(-1)[start - first * width : stop - first * width]
+
+    return replace(dense, shape=shape, fetch=fetch, key="")
+
+
+def _scaled(dense: LazyTensor, factor: float) -> LazyTensor:
+    """A tensor times a number; with factor 1 the tensor itself."""
+    if factor == 1.0:
+        return dense
+    fetch = dense.fetch
+    return replace(dense, fetch=lambda start, stop: fetch(start, stop) * factor, key="")
+
+
+def _router_tensor(name: str, shape: tuple[int, ...], how: Upcycling) -> LazyTensor:
+    """The router's rows, equal within a copy of the feed-forward and drawn for each; or its balancing bias, zero."""
+    where = f"router drawn with seed {how.seed}"
+    if len(shape) == 1:
+        return LazyTensor(shape, torch.float32, lambda start, stop: torch.zeros(stop - start), where)
+    width = shape[1]
+
+    def fetch(start: int, stop: int) -> Tensor:
+        drawn = normal_box(key_of(how.seed, "upcycle", name), (how.copies, width), (0, 0), (how.copies, width))
+        rows: Tensor = (drawn * (how.noise * width**-0.5)).repeat_interleave(how.granularity, dim=0)
+        return rows.view(-1)[start:stop]
+
+    return LazyTensor(shape, torch.float32, fetch, where)
 
 
 class _LastRead:
-    """The dense matrix that was read last: the experts of a layer take one part of it after another."""
+    """The dense matrix that was read last, whole: the experts of a layer take one part of it after another."""
 
-    def __init__(self, source: Mapping[str, LazyTensor]) -> None:
-        self._source = source
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._name, self._value = "", torch.empty(0)
+        self._tensor: LazyTensor | None = None
+        self._value = torch.empty(0)
 
-    def read(self, name: str) -> Tensor:
-        """The whole of a source tensor; not to be written to."""
+    def read(self, tensor: LazyTensor) -> Tensor:
+        """The whole of a matrix; not to be written to."""
         with self._lock:
-            if name != self._name:
-                self._name, self._value = "", torch.empty(0)  # before the next one is read: one at a time
-                self._name, self._value = name, self._source[name].read()
+            if tensor is not self._tensor:
+                self._tensor, self._value = None, torch.empty(0)  # before the next one is read: one at a time
+                self._value, self._tensor = tensor.read(), tensor
             return self._value
-
-
-@dataclass(frozen=True)
-class _CutTensor:
-    """One expert's part of a dense tensor."""
-
-    shape: tuple[int, ...]
-    cut: Cut
-    source: LazyTensor
-    last_read: _LastRead
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
-
-    def read(self) -> Tensor:
-        return self.read_rows(0, self.shape[0])
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        cut = self.cut
-        if cut.dim == 1:
-            # Columns are strewn over the whole matrix: read it once for all the experts that share it.
-            first = cut.part * self.shape[1]
-            value = self.last_read.read(cut.source)[start:stop, first : first + self.shape[1]]
-        else:
-            first = cut.part * self.shape[0] if cut.dim == 0 else 0
-            value = self.source.read_rows(first + start, first + stop)
-        whole: Tensor = value.contiguous() if cut.factor == 1.0 else value * cut.factor
-        return whole
-
-
-@dataclass(frozen=True)
-class _RouterTensor:
-    """The router's rows, equal within a copy of the feed-forward and drawn for each; or its balancing bias, zero."""
-
-    name: str
-    shape: tuple[int, ...]
-    how: Upcycling
-    dtype: torch.dtype = torch.float32
-
-    def read(self) -> Tensor:
-        return self.read_rows(0, self.shape[0])
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        if len(self.shape) == 1:
-            return torch.zeros(stop - start, dtype=self.dtype)
-        how, width = self.how, self.shape[1]
-        first, last = start // how.granularity, -(-stop // how.granularity)
-        key = key_of(how.seed, "upcycle", self.name)
-        rows = normal_box(key, (how.copies, width), (first, 0), (last - first, width)) * (how.noise * width**-0.5)
-        begin = start - first * how.granularity
-        whole: Tensor = rows.repeat_interleave(how.granularity, dim=0)[begin : begin + stop - start]
-        return whole

@@ -46,8 +46,8 @@ def upcycling(granularity: int, top_k: int, **keys: Any) -> Upcycling:
 def upcycled_run(how: Upcycling, **options: Any) -> tuple[RunConfig, dict[str, Tensor]]:
     """A run of the upcycled tiny model, and its tensors in fp64."""
     dense = tiny_config("wan", **options)
-    model, found = upcycled(dense.model, memory_model(dense.model), how)
-    return replace(dense, model=model), {name: tensor.read() for name, tensor in found.items()}
+    found = upcycled(memory_model(dense.model).source, how)
+    return replace(dense, model=found.config), {name: tensor.read() for name, tensor in found.tensors.items()}
 
 
 def velocities_fp64(hows: list[Upcycling], world: int, options: dict[str, Any]) -> list[Tensor]:
@@ -77,7 +77,7 @@ def velocities_fp64(hows: list[Upcycling], world: int, options: dict[str, Any]) 
 def dense() -> tuple[Tensor, Tensor]:
     """Velocity of the dense model by its plain twin in fp64, and where there are tokens."""
     config = tiny_config("wan")
-    weights = {name: tensor.value for name, tensor in memory_model(config.model).items()}
+    weights = dict(memory_model(config.model).values)
     inputs = inputs_of(config, Span(0, config.data.pack_tokens))
     with torch.no_grad():
         return plain_wan.velocity(config.model, weights, inputs), valid_of(inputs)
@@ -126,7 +126,7 @@ def start_and_train(how: Upcycling | None, world: int, options: dict[str, Any], 
     """Job: velocity of the model at step 0, losses of some steps on one batch, final weights and alarms."""
     if how is None:
         config = tiny_config("wan", **options)
-        values = {name: tensor.value for name, tensor in memory_model(config.model).items()}
+        values = dict(memory_model(config.model).values)
     else:
         config, values = upcycled_run(how, **options)
     with Mesh.open(layout_of(config, world)) as mesh:

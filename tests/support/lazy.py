@@ -1,37 +1,18 @@
 """Tensors of a model in memory, read like those of a file, with a record of what was read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megavid.config.schema import ModelConfig
+from megavid.checkpoint.convert import LazyTensor, ModelSource
+from megavid.checkpoint.convert.ledger import Ledger
+from megavid.config.schema import ModelConfig, RunConfig
 from megavid.ops.philox import key_of, normal
 from megavid.parallel.engine import Engine
 from megavid.plan.parameters import tensors
-
-
-@dataclass
-class MemoryTensor:
-    """A tensor that counts how many of its rows were read."""
-
-    value: Tensor
-    rows_read: int = 0
-    shape: tuple[int, ...] = field(init=False)
-    dtype: torch.dtype = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.shape, self.dtype = tuple(self.value.shape), self.value.dtype
-
-    def read(self) -> Tensor:
-        return self.read_rows(0, self.shape[0])
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        assert 0 <= start <= stop <= self.shape[0]
-        self.rows_read += stop - start
-        return self.value[start:stop]
 
 
 def value_of(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -42,14 +23,37 @@ def value_of(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return (drawn * (shape[1] ** -0.5 if len(shape) == 2 else 0.3)).to(dtype)
 
 
-def memory_model(model: ModelConfig, dtype: torch.dtype = torch.float64) -> dict[str, MemoryTensor]:
-    """Every tensor of a model, with the values of their names."""
-    return {t.name: MemoryTensor(value_of(t.name, t.shape, dtype)) for t in tensors(model)}
+class Memory:
+    """A model in memory that notes how many elements of each tensor were read.
+
+    Attributes:
+        source: the model as a file would give it.
+        values: its tensors by name.
+        read: elements read of each.
+    """
+
+    def __init__(self, model: ModelConfig, values: Mapping[str, Tensor]) -> None:
+        self.values, self.read = values, dict.fromkeys(values, 0)
+        lazy = {name: self._lazy(name, value) for name, value in values.items()}
+        self.source = ModelSource(RunConfig(model=model), lazy, Path("memory"), "megavid", Ledger())
+
+    def _lazy(self, name: str, value: Tensor) -> LazyTensor:
+        def fetch(start: int, stop: int) -> Tensor:
+            assert 0 <= start <= stop <= value.numel()
+            self.read[name] += stop - start
+            return value.view(-1)[start:stop]
+
+        return LazyTensor(tuple(value.shape), value.dtype, fetch, name, key=name)
 
 
-def meta_model(model: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, MemoryTensor]:
-    """Every tensor of a model, of any size, without a number in it."""
-    return {t.name: MemoryTensor(torch.empty(t.shape, dtype=dtype, device="meta")) for t in tensors(model)}
+def memory_model(model: ModelConfig, dtype: torch.dtype = torch.float64) -> Memory:
+    """A model with the values of its tensors' names."""
+    return Memory(model, {t.name: value_of(t.name, t.shape, dtype) for t in tensors(model)})
+
+
+def meta_model(model: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Memory:
+    """A model of any size, without a number in it."""
+    return Memory(model, {t.name: torch.empty(t.shape, dtype=dtype, device="meta") for t in tensors(model)})
 
 
 def fill_engine(engine: Engine[Any], values: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Upcycling on one device: the dense function at step 0, what is read, and what is refused."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,11 +64,11 @@ def layer_of(model: ModelConfig, read: Mapping[str, Tensor], x_TD: Tensor, bias_
 
 def gap_of(how: Upcycling, dtype: torch.dtype, bias_E: Tensor | None = None) -> float:
     """Largest difference between the upcycled and the dense feed-forward, relative to the largest output."""
-    source = memory_model(DENSE, dtype)
-    model, found = upcycled(DENSE, source, how)
+    dense = memory_model(DENSE, dtype)
+    found = upcycled(dense.source, how)
     x_TD = value_of("x", (TOKENS, DENSE.hidden_size)).mul(DENSE.hidden_size**0.5).to(dtype)
-    got = layer_of(model, {name: tensor.read() for name, tensor in found.items()}, x_TD, bias_E)
-    want = feed_forward(x_TD, {name: tensor.value for name, tensor in source.items()}, "blocks.1.ffn")
+    got = layer_of(found.config, {name: tensor.read() for name, tensor in found.tensors.items()}, x_TD, bias_E)
+    want = feed_forward(x_TD, dense.values, "blocks.1.ffn")
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
@@ -96,14 +97,13 @@ def test_a_bias_that_tells_the_parts_of_a_copy_apart_does_not() -> None:
 @pytest.mark.parametrize("where", ["up.weight", "down.weight", "down.bias"])
 def test_what_is_scaled_otherwise_is_not_the_dense_function(where: str) -> None:
     """Scaling the experts' weights inside the nonlinearity, as megatron-core's upcycling does, is far off."""
-    how, source = make(2, 4), memory_model(DENSE)
-    model, found = upcycled(DENSE, source, how)
-    read = {
-        n: t.read() * (2 if n.startswith("blocks.1.moe.experts") and n.endswith(where) else 1) for n, t in found.items()
-    }
+    dense = memory_model(DENSE)
+    found = upcycled(dense.source, make(2, 4))
+    is_scaled = re.compile(rf"blocks\.1\.moe\.experts\.\d+\.{where}").fullmatch
+    read = {name: tensor.read() * (2 if is_scaled(name) else 1) for name, tensor in found.tensors.items()}
     x_TD = value_of("x", (TOKENS, DENSE.hidden_size)) * 5
-    want = feed_forward(x_TD, {name: tensor.value for name, tensor in source.items()}, "blocks.1.ffn")
-    assert (layer_of(model, read, x_TD) - want).abs().max() > 1e-2 * want.abs().max()
+    want = feed_forward(x_TD, dense.values, "blocks.1.ffn")
+    assert (layer_of(found.config, read, x_TD) - want).abs().max() > 1e-2 * want.abs().max()
 
 
 @pytest.mark.parametrize(("granularity", "top_k"), LEGAL)
@@ -115,17 +115,16 @@ def test_copies_that_tie_are_still_taken_whole(granularity: int, top_k: int) -> 
 
 
 def test_rows_of_a_copy_are_equal_and_those_of_copies_differ() -> None:
-    _, found = upcycled(DENSE, memory_model(DENSE), make(2, 4, seed=5, noise=0.5))
+    found = upcycled(memory_model(DENSE).source, make(2, 4, seed=5, noise=0.5)).tensors
     rows_E = found["blocks.1.moe.router.weight"].read()
     assert rows_E.dtype == torch.float32
     assert torch.equal(rows_E[::2], rows_E[1::2])
     assert len(rows_E.unique(dim=0)) == 4
     assert rows_E.std() == pytest.approx(0.5 * 24**-0.5, rel=0.2)
-    for start, stop in ((0, 8), (1, 4), (3, 3), (5, 6)):
-        part = found["blocks.1.moe.router.weight"].read_rows(start, stop)
-        assert torch.equal(part, rows_E[start:stop])
     again, other_layer, other_seed = (
-        upcycled(DENSE, memory_model(DENSE), make(2, 4, seed=seed, noise=0.5))[1][f"blocks.{layer}.moe.router.weight"]
+        upcycled(memory_model(DENSE).source, make(2, 4, seed=seed, noise=0.5)).tensors[
+            f"blocks.{layer}.moe.router.weight"
+        ]
         for seed, layer in ((5, 1), (5, 0), (6, 1))
     )
     assert torch.equal(again.read(), rows_E)
@@ -135,55 +134,57 @@ def test_rows_of_a_copy_are_equal_and_those_of_copies_differ() -> None:
 
 def test_every_dense_number_arrives_in_every_copy() -> None:
     """Put the experts of each copy side by side: the dense matrices, bitwise."""
-    source = memory_model(DENSE, torch.bfloat16)
-    _, found = upcycled(DENSE, source, make(4, 8))
+    dense = memory_model(DENSE, torch.bfloat16)
+    found = upcycled(dense.source, make(4, 8)).tensors
     for copy in range(2):
         names = [f"blocks.2.moe.experts.{4 * copy + part}" for part in range(4)]
         for matrix, dim in (("up.weight", 0), ("up.bias", 0), ("down.weight", 1)):
             whole = torch.cat([found[f"{name}.{matrix}"].read() for name in names], dim)
-            assert torch.equal(whole, source[f"blocks.2.ffn.{matrix}"].value)
-        bias = sum(found[f"{name}.down.bias"].read() for name in names)
-        assert torch.equal(bias, source["blocks.2.ffn.down.bias"].value)
+            assert torch.equal(whole, dense.values[f"blocks.2.ffn.{matrix}"])
+        bias = torch.stack([found[f"{name}.down.bias"].read() for name in names])
+        assert torch.equal(bias.sum(0), dense.values["blocks.2.ffn.down.bias"])
 
 
 def test_all_other_tensors_are_the_dense_ones_and_layers_may_stay_dense() -> None:
-    source = memory_model(DENSE)
-    model, found = upcycled(DENSE, source, make(2, 2, dense_first=1, dense_last=1))
-    assert [model.is_moe_layer(layer) for layer in range(3)] == [False, True, False]
-    same = {name for name in found if ".moe." not in name}
-    assert same == {name for name in source if not name.startswith("blocks.1.ffn")}
-    assert all(found[name] is source[name] for name in same)
-    assert torch.equal(found["blocks.1.moe.router.expert_bias"].read(), torch.zeros(EXPERTS))
+    dense = memory_model(DENSE)
+    found = upcycled(dense.source, make(2, 2, dense_first=1, dense_last=1))
+    assert [found.config.is_moe_layer(layer) for layer in range(3)] == [False, True, False]
+    same = {name for name in found.tensors if ".moe." not in name}
+    assert same == {name for name in dense.values if not name.startswith("blocks.1.ffn")}
+    assert all(found.tensors[name] is dense.source.tensors[name] for name in same)
+    assert torch.equal(found.tensors["blocks.1.moe.router.expert_bias"].read(), torch.zeros(EXPERTS))
 
 
-def test_rows_of_every_tensor_are_those_of_the_whole() -> None:
-    _, found = upcycled(DENSE, memory_model(DENSE), make(4, 4))
-    for name, tensor in found.items():
+@pytest.mark.parametrize("router", ["sigmoid", "softmax"])
+def test_blocks_of_every_tensor_are_those_of_the_whole(router: str) -> None:
+    dense = memory_model(DENSE)
+    for name, tensor in upcycled(dense.source, make(4, 4, router=router)).tensors.items():
         whole = tensor.read()
         assert tuple(whole.shape) == tensor.shape, name
         assert whole.dtype == tensor.dtype
-        middle = tensor.shape[0] // 2
-        assert torch.equal(torch.cat([tensor.read_rows(0, middle), tensor.read_rows(middle, tensor.shape[0])]), whole)
+        assert torch.equal(torch.cat(list(tensor.blocks(max_bytes=7 * 8))), whole.view(-1))
+        # Bytes that are no longer all those of a source's tensor must not be taken for them.
+        assert (tensor.key == "") == all(tensor is not whole for whole in dense.source.tensors.values())
 
 
 def test_a_matrix_that_is_cut_by_columns_is_read_once_for_all_its_experts() -> None:
-    source = memory_model(DENSE)
-    _, found = upcycled(DENSE, source, make(4, 4))
-    assert all(tensor.rows_read == 0 for tensor in source.values())
+    dense = memory_model(DENSE)
+    found = upcycled(dense.source, make(4, 4)).tensors
+    assert set(dense.read.values()) == {0}
     for tensor in found.values():
-        tensor.read()
-    for name, tensor in source.items():
+        list(tensor.blocks(max_bytes=64))
+    for name, count_read in dense.read.items():
         # Rows of `up` are read where an expert needs them: once for each of the two copies.
-        whole = tensor.shape[0] * (2 if ".ffn.up" in name else EXPERTS if name.endswith("ffn.down.bias") else 1)
-        assert tensor.rows_read == whole, name
+        times = 2 if ".ffn.up" in name else EXPERTS if name.endswith("ffn.down.bias") else 1
+        assert count_read == times * dense.values[name].numel(), name
 
 
 def test_wan_14b_becomes_wan_moe_100b_a20b() -> None:
     dense, flagship = load_run("wan_14b", []).model, load_run("wan_moe_100b_a20b", []).model
-    source = meta_model(dense)
-    model, found = upcycled(dense, source, Upcycling(num_experts=64, top_k=8, granularity=4))
-    assert model == flagship
-    counts = count(model)
+    result = upcycled(meta_model(dense).source, Upcycling(num_experts=64, top_k=8, granularity=4))
+    found = result.tensors
+    assert result.config == flagship
+    counts = count(result.config)
     assert (f"{counts.total / 1e9:.2f}", f"{counts.active / 1e9:.2f}") == ("99.26", "19.97")
     shapes = {tensor.name: tensor.shape for tensor in tensors(flagship)}
     biases = {f"blocks.{layer}.moe.router.expert_bias": (64,) for layer in range(40)}
@@ -213,10 +214,10 @@ REFUSED = [
 @pytest.mark.parametrize(("keys", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_what_would_not_be_the_dense_function_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        upcycled(DENSE, {}, make(**{"granularity": 1, "top_k": 2, **keys}))
+        upcycled(memory_model(DENSE).source, make(**{"granularity": 1, "top_k": 2, **keys}))
 
 
 def test_experts_are_not_upcycled_again() -> None:
-    model = upcycled(DENSE, memory_model(DENSE), make(2, 2))[0]
+    experts = upcycled(memory_model(DENSE).source, make(2, 2))
     with pytest.raises(ConfigError, match="needs a dense model"):
-        upcycled(model, {}, make(2, 2))
+        upcycled(experts, make(2, 2))
