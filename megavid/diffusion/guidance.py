@@ -60,11 +60,10 @@ class PromptPacks:
         keys = [key_of(seed, "sample", clip.draw) for pack in self.packs for clip in pack.clips]
         return clip_noise(self.packs, keys, like_BTP, self.span)
 
-    def input_at(self, state_BTP: Tensor, sigma: float) -> ModelInput:
-        """The model's input for a state at one noise level."""
-        timestep_R = torch.full(
-            (len(self.text_GLD),), TIMESTEP_SCALE * sigma, dtype=torch.float32, device=state_BTP.device
-        )
+    def input_at(self, state_BTP: Tensor, sigma: float, timestep: float | None = None) -> ModelInput:
+        """The model's input for a state at one noise level, of which it is told ``timestep`` (None: 1000 * sigma)."""
+        timestep = TIMESTEP_SCALE * sigma if timestep is None else timestep
+        timestep_R = torch.full((len(self.text_GLD),), timestep, dtype=torch.float32, device=state_BTP.device)
         return ModelInput(
             packs=self.packs,
             patches_BTP=state_BTP,

@@ -5,17 +5,56 @@ Owns the solvers and the loop over noise levels. Knows neither packs' contents n
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megavid.diffusion.flow import clean_of
 from megavid.diffusion.guidance import PromptPacks
+from megavid.diffusion.timesteps import TIMESTEP_SCALE, sigma_schedule
 from megavid.errors import ConfigError
 from megavid.models.inputs import ModelInput
 
 SamplerKind = Literal["euler", "unipc"]
+
+_FIRST_GAP = 1e-6  # how far below 1 diffusers begins, where 1 - sigma has a logarithm
+
+
+class Levels(NamedTuple):
+    """The noise levels of a sampler and what the model is told of them.
+
+    Attributes:
+        sigmas: steps + 1 of them, falling to 0.
+        timesteps: of each but the last.
+    """
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+
+
+def sampler_levels(kind: SamplerKind, steps: int, *, shift: float) -> Levels:
+    """The noise levels that a solver goes through.
+
+    ``euler``: even steps from 1 to 0, shifted; timestep = 1000 * sigma. ``unipc``: those of diffusers'
+    UniPCMultistepScheduler with ``use_flow_sigmas``, which Wan's pipelines run, to the last bit, so that what is
+    sampled here is what is served: even steps from 1 to 0.001 of which the last is left out, shifted, in fp32, and
+    timesteps cut down to whole numbers.
+
+    Raises:
+        ValueError: steps is below 1, or shift is not above 0.
+    """
+    if kind == "euler":
+        sigmas = sigma_schedule(steps, shift=shift)
+        return Levels(sigmas, tuple(TIMESTEP_SCALE * sigma for sigma in sigmas[:-1]))
+    sigma_schedule(steps, shift=shift)  # refuses what cannot be
+    even = [1 + step * ((1 / TIMESTEP_SCALE - 1) / steps) for step in range(steps)]
+    # diffusers' form of shift_sigma: another may round to another whole timestep.
+    shifted = [shift * sigma / (1 + (shift - 1) * sigma) for sigma in even]
+    if abs(shifted[0] - 1) < _FIRST_GAP:
+        shifted[0] -= _FIRST_GAP
+    sigmas = (*torch.tensor(shifted, dtype=torch.float32).tolist(), 0.0)
+    return Levels(sigmas, tuple(float(int(TIMESTEP_SCALE * sigma)) for sigma in shifted))
 
 
 @torch.no_grad()
@@ -25,6 +64,7 @@ def sample(
     start_noise_BTP: Tensor,
     sigmas: Sequence[float],
     *,
+    timesteps: Sequence[float] | None = None,
     kind: SamplerKind = "unipc",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -34,7 +74,8 @@ def sample(
         velocity_of: the model: velocity [B, T, P] at the tokens of an input.
         prompts: what to sample, with or without guidance; ``prompts.span`` says which tokens are here.
         start_noise_BTP: state at sigmas[0], from ``prompts.start_noise``.
-        sigmas: noise levels, falling, from ``sigma_schedule``.
+        sigmas: noise levels, falling, from ``sampler_levels``.
+        timesteps: what the model is told of each but the last; None: 1000 * sigma.
         kind: solver.
         on_step: called with (steps done, steps in all) after each.
 
@@ -45,8 +86,10 @@ def sample(
         ConfigError: a solver that is not known.
     """
 
+    told = dict(zip(sigmas, timesteps)) if timesteps is not None else {}
+
     def velocity_at(state_BTP: Tensor, sigma: float) -> Tensor:
-        velocity_BTP = velocity_of(prompts.input_at(state_BTP, sigma))
+        velocity_BTP = velocity_of(prompts.input_at(state_BTP, sigma, told.get(sigma)))
         return prompts.guide(velocity_BTP.to(state_BTP.dtype))
 
     return integrate(velocity_at, start_noise_BTP, sigmas, kind=kind, on_step=on_step)

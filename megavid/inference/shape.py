@@ -31,6 +31,9 @@ def model_of_config(config: Mapping[str, Any]) -> ModelConfig:
             allowed = " or ".join(repr(choice) for choice in choices)
             raise ConfigError(f"config.json: {key} = {config[key]!r} must be {allowed}")
     first, second, third = config["patch_size"]
+    out_channels = config["out_channels"] or config["in_channels"]
+    has_image, positions = config["image_dim"] is not None, config["pos_embed_seq_len"] or 0
+    image = {"image_size": config["image_dim"], "image_length": positions or 257, "image_positions": positions}
     return ModelConfig(
         family=config["family"],
         num_layers=config["num_layers"],
@@ -38,7 +41,7 @@ def model_of_config(config: Mapping[str, Any]) -> ModelConfig:
         num_heads=config["num_attention_heads"],
         ffn_size=config["ffn_dim"],
         in_channels=config["in_channels"],
-        out_channels=config["out_channels"] or config["in_channels"],
+        out_channels=out_channels,
         patch_size=(first, second, third),
         text_size=config["text_dim"],
         text_length=config["text_length"],
@@ -46,20 +49,26 @@ def model_of_config(config: Mapping[str, Any]) -> ModelConfig:
         norm_eps=config["eps"],
         latent_frame_rate=config["latent_frame_rate"],
         absolute_positions=config["absolute_positions"],
-        moe=MoEConfig(
-            num_experts=config["num_experts"],
-            top_k=config["top_k"],
-            expert_ffn_size=config["expert_ffn_dim"],
-            shared_ffn_size=config["shared_ffn_dim"],
-            activation=config["activation"],
-            has_bias=config["has_bias"],
-            router=config["router"],
-            route_scale=config["route_scale"],
-            num_groups=config["num_groups"],
-            top_groups=config["top_groups"],
-            dense_first=config["dense_first"],
-            dense_last=config["dense_last"],
-        ),
+        task="i2v" if config["in_channels"] > 2 * out_channels else "t2v",
+        **(image if has_image else {}),
+        moe=_experts_of_config(config) if config["family"] == "wan_moe" else MoEConfig(),
+    )
+
+
+def _experts_of_config(config: Mapping[str, Any]) -> MoEConfig:
+    return MoEConfig(
+        num_experts=config["num_experts"],
+        top_k=config["top_k"],
+        expert_ffn_size=config["expert_ffn_dim"],
+        shared_ffn_size=config["shared_ffn_dim"],
+        activation=config["activation"],
+        has_bias=config["has_bias"],
+        router=config["router"],
+        route_scale=config["route_scale"],
+        num_groups=config["num_groups"],
+        top_groups=config["top_groups"],
+        dense_first=config["dense_first"],
+        dense_last=config["dense_last"],
     )
 
 
@@ -77,6 +86,9 @@ def config_of_model(model: ModelConfig) -> dict[str, Any]:
         "ffn_dim": model.ffn_size,
         "num_layers": model.num_layers,
         "eps": model.norm_eps,
+        "image_dim": model.image_size or None,
+        "added_kv_proj_dim": model.hidden_size if model.image_size else None,
+        "pos_embed_seq_len": model.image_positions or None,
         "family": model.family,
         "num_experts": moe.num_experts,
         "top_k": moe.top_k,

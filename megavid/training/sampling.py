@@ -14,8 +14,8 @@ from torch import Tensor
 from megavid.data.text import TextEncoder
 from megavid.data.tokenizer import Frames, VideoTokenizer, latent_shape
 from megavid.diffusion.guidance import PromptPacks, pack_prompts
-from megavid.diffusion.samplers import SamplerKind, sample
-from megavid.diffusion.timesteps import shift_of_clip, sigma_schedule
+from megavid.diffusion.samplers import SamplerKind, sample, sampler_levels
+from megavid.diffusion.timesteps import shift_of_clip
 from megavid.models.inputs import ModelInput
 from megavid.models.runner import velocity_of
 from megavid.ops.patches import token_grid, unpatchify
@@ -149,11 +149,13 @@ def _solve(engine: Engine[Any], packs: PromptPacks, settings: SamplerSettings, o
     def velocity(inputs: ModelInput) -> Tensor:
         return velocity_of(engine, inputs)
 
+    levels = sampler_levels(settings.kind, settings.steps, shift=shift_of_clip(clip.tokens, config.diffusion))
     clean_BTP = sample(
         velocity,
         packs,
         packs.start_noise(width, settings.seed),
-        sigma_schedule(settings.steps, shift=shift_of_clip(clip.tokens, config.diffusion)),
+        levels.sigmas,
+        timesteps=levels.timesteps,
         kind=settings.kind,
         on_step=lambda done, total: on_step(),
     )

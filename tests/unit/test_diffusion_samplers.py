@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 
 from megavid.diffusion.guidance import pack_prompts
-from megavid.diffusion.samplers import UniPCSolver, integrate, sample
+from megavid.diffusion.samplers import UniPCSolver, integrate, sample, sampler_levels
 from megavid.diffusion.timesteps import sigma_schedule
 from megavid.errors import ConfigError
 from megavid.ops.packs import Span, clip_index
@@ -93,6 +94,35 @@ def test_unipc_is_the_published_solver():
     h3 = lam[3] - lam[2]
     x3 = sigmas[3] / sigmas[2] * x2 - (1 - sigmas[3]) * math.expm1(-h3) * m2
     torch.testing.assert_close(integrate(gaussian_velocity, x0, sigmas, kind="unipc"), x3, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 20, 30, 50])
+def test_unipc_is_what_the_pipelines_of_wan_run(steps, shift):
+    """Noise levels and timesteps to the last bit, states to fp32, of diffusers' scheduler as Wan's folders set it."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    levels = sampler_levels("unipc", steps, shift=shift)
+    assert list(levels.sigmas) == scheduler.sigmas.tolist()
+    assert list(levels.timesteps) == scheduler.timesteps.tolist()
+    start = torch.linspace(-2, 2, 9).view(1, 9, 1)
+    state = start
+    for step, timestep in enumerate(scheduler.timesteps):
+        state = scheduler.step(gaussian_velocity(state, levels.sigmas[step]), timestep, state).prev_sample
+    ours = integrate(gaussian_velocity, start, levels.sigmas, kind="unipc")
+    torch.testing.assert_close(ours, state, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_told_the_timesteps_of_the_levels():
+    prompts, told = prompts_of(1.0), []
+    levels = sampler_levels("unipc", 3, shift=3.0)
+
+    def velocity_of(model_input):
+        told.append(model_input.timestep_R.unique().item())
+        return text_velocity(model_input)
+
+    sample(velocity_of, prompts, prompts.start_noise(2, seed=1), levels.sigmas, timesteps=levels.timesteps)
+    assert told == list(levels.timesteps) == [999.0, 857.0, 600.0]
 
 
 def test_unipc_solver_keeps_two_predictions_at_most():

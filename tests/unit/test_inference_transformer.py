@@ -87,14 +87,20 @@ def test_names_and_config_of_the_folder_are_diffusers_and_ours(tmp_path: Path) -
 WAN = {
     "t2v": {},
     "i2v": {"in_channels": 9, "out_channels": 4, "image_dim": 20, "added_kv_proj_dim": 48},
-    "first and last frame": {"image_dim": 20, "added_kv_proj_dim": 48, "pos_embed_seq_len": 14},
+    "first and last frame": {
+        "in_channels": 9,
+        "out_channels": 4,
+        "image_dim": 20,
+        "added_kv_proj_dim": 48,
+        "pos_embed_seq_len": 14,
+    },
 }
 
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("kind", WAN)
 def test_dense_model_equals_diffusers_wan(kind: str, per_token: bool) -> None:
-    model = made(DENSE if kind != "i2v" else replace(DENSE, in_channels=9), **WAN[kind])
+    model = made(DENSE, **WAN[kind])
     keys = ("patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
             "freq_dim", "ffn_dim", "num_layers", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")  # fmt: skip
     twin = diffusers.WanTransformer3DModel(**{key: model.config[key] for key in keys}).eval()
@@ -149,7 +155,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         ({"router": "topk"}, "router = 'topk' must be 'sigmoid' or 'softmax' or 'expert_choice'"),
         ({"qk_norm": "rms_norm"}, "qk_norm = 'rms_norm' must be 'rms_norm_across_heads'"),
         ({"top_k": 5}, "top_k = 5 must be at most"),
-        ({"image_dim": 20}, "image_dim = 20 and added_kv_proj_dim = None must both be given"),
+        ({"in_channels": 9, "image_dim": 20}, "image_dim = 20 and added_kv_proj_dim = None must both be given"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
