@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from megavid.cli.tables import dollars, duration, percent, scaled, section, significant, table, wrapped
+from megavid.cli.tables import dollars, percent, scaled, section, significant, table, wrapped
 from megavid.plan.answer import Answer
 from megavid.plan.storage import BreakEven, DataSet, ReadRate, Store, break_evens, kinds, read_rates
 
@@ -23,6 +23,7 @@ def data_json(data: DataSet, prices: Store, answer: Answer | None) -> dict[str, 
     if answer is not None:
         found |= {
             "step_time_s": answer.time.total,
+            "step_time_interval_s": list(answer.step_interval),
             "clips_per_step": answer.workload.samples_per_step,
             "read": [asdict(rate) for rate in _rates(data, answer)],
         }
@@ -54,7 +55,8 @@ def data_text(data: DataSet, prices: Store, answer: Answer | None) -> str:
     if answer is not None:
         lines += section(_read_title(answer), _read(_rates(data, answer)))
         lines += wrapped(
-            "", "All ranks: each reads for itself, as the loader does. Unique: every clip once, a cache for the rest.",
+            "", "Rates are those of the fastest step. All ranks: each reads for itself, as the loader does. Unique: "
+            "every clip once, a cache for the rest.",
             label=0,
         )  # fmt: skip
     else:
@@ -106,19 +108,21 @@ def _share(row: BreakEven, data: DataSet, answer: Answer | None) -> str:
 
 
 def _rates(data: DataSet, answer: Answer) -> tuple[ReadRate, ...]:
+    """Rates for the fastest step of the interval: storage that is sized for the middle may stall a good run."""
     return read_rates(
         data,
         clips_per_step=answer.workload.samples_per_step,
-        step_time_s=answer.time.total,
+        step_time_s=answer.step_interval[0],
         ranks=answer.layout.world_size,
         replicas=answer.layout.dp,
     )
 
 
 def _read_title(answer: Answer) -> str:
+    fast, slow = answer.step_interval
     return (
-        f"Reading so that no step waits: {answer.workload.samples_per_step:,} clips in {duration(answer.time.total)} "
-        f"on {answer.layout.world_size:,} ranks ({answer.layout.describe()})"
+        f"Reading {answer.workload.samples_per_step:,} clips so that no step of {significant(fast)} to "
+        f"{significant(slow)} s waits ({answer.layout.world_size:,} ranks, {answer.layout.describe()})"
     )
 
 

@@ -42,7 +42,7 @@ def plan_text(preset: str, answer: Answer, command: str, *, is_summary: bool = F
     lines += section("Parameters", _parameters(answer))
     lines += section("Work, FLOPs", _flops(answer))
     lines += section(f"Memory of a rank{fullest}", _memory(answer))
-    lines += section("Step, seconds of the critical path", _step(answer))
+    lines += section("Step, seconds of the critical path in the middle of the interval", _step(answer))
     lines += section(f"Traffic that a rank{busiest} sends in a step", _traffic(answer))
     lines += section("Run", _run(answer))
     lines += section("Checkpoints and failures", _goodput(answer))
@@ -61,7 +61,7 @@ def search_text(preset: str, overrides: Words, found: Found, *, is_summary: bool
         indent=0,
     )
     lines += ["", plan_text(preset, best, command_of(preset, overrides, best), is_summary=is_summary)]
-    lines += section("Ranking", _ranking(found.candidates))
+    lines += section("Ranking; differences are those in the middle of the intervals", _ranking(found.candidates))
     lines += section("Faster, but too large", _ranking(found.too_large))
     lines += section("Notes", [line for note in found.notes for line in wrapped("-", note, label=2)])
     if is_summary:
@@ -130,12 +130,14 @@ def _summary(answer: Answer) -> list[str]:
         ),
         ("fits", room),
         ("step", f"{significant(fast)} to {significant(slow)} s, {scaled(answer.tokens_per_s)} tokens/s in the middle"),
-        ("MFU", f"{percent(low)} to {percent(high)} of the dense bf16 peak (as far off as {answer.evidence})"),
+        ("MFU", f"{percent(low)} to {percent(high)} of the {answer.peak} (as far off as {answer.evidence})"),
         ("binds", answer.binding.text),
     ]
     lines = [line for name, text in rows for line in wrapped(name, text)]
     for number, advice in enumerate(answer.binding.advice):
         lines += wrapped("" if number else "try", advice)
+    for number, note in enumerate(answer.notes):
+        lines += wrapped("" if number else "assumes", note)
     return lines
 
 
@@ -265,12 +267,12 @@ def _ranking(candidates: Sequence[Candidate]) -> list[str]:
     lines = []
     for number, candidate in enumerate(candidates, 1):
         answer = candidate.answer
-        low, high = answer.mfu_interval
+        (low, high), (fast, slow) = answer.mfu_interval, answer.step_interval
         parallel, train = answer.config.parallel, answer.config.train
         extra = f", {parallel.context_strategy}" if parallel.context > 1 else ""
         micro = f", micro {train.micro_batch_size}" if train.micro_batch_size > 1 else ""
         lines.append(
-            f"  {number:>2}  {significant(answer.time.total):>6} s  MFU {percent(low):>4} to {percent(high):<4}  "
+            f"  {number:>2}  {significant(fast):>4} to {significant(slow)} s  MFU {percent(low)} to {percent(high)}  "
             f"{answer.memory.total / GIB:5.1f} GiB  {answer.layout.describe()}, {parallel.recompute}{extra}{micro}"
         )
         lines += wrapped("", candidate.reason, label=4)

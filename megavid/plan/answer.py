@@ -17,7 +17,7 @@ from megavid.plan.hindcast import evidence
 from megavid.plan.layout import Layout, layout_of, microbatches_of_step
 from megavid.plan.memory import GIB, Memory, host_bytes, memory_of, worst_memory
 from megavid.plan.parameters import Counts, count, count_rank
-from megavid.plan.time import StepTime, mfu, step_time
+from megavid.plan.time import StepTime, mfu, peak_dtype, step_time
 from megavid.plan.traffic import Transfer, traffic_of
 from megavid.plan.workload import Workload
 
@@ -72,12 +72,13 @@ class Answer:
         transfers: what a rank of ``traffic_stage`` sends in a step.
         traffic_stage: the stage whose ranks send most.
         time: a step.
-        mfu: model FLOPs over what the accelerators could do in that time, dense bf16.
+        mfu: model FLOPs over what the accelerators could do in that time at ``peak``.
         mfu_interval: likewise, lowest and highest after the errors of the hindcast.
         evidence: which published runs those errors are of, in words.
         goodput: checkpoints and failures.
         budget_tokens: video tokens to train on.
         binding: what holds the run back, and what to try.
+        notes: what is assumed about this layout and may be too good, in words.
     """
 
     config: RunConfig
@@ -101,6 +102,7 @@ class Answer:
     goodput: Goodput
     budget_tokens: float
     binding: Binding
+    notes: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
@@ -111,6 +113,12 @@ class Answer:
     def microbatches(self) -> int:
         """Microbatches of each data-parallel rank in one step."""
         return microbatches_of_step(self.config, self.layout)
+
+    @property
+    def peak(self) -> str:
+        """The peak that MFU is a share of, in words."""
+        kind = "dense" if self.hardware.generation else "probed"
+        return f"{kind} {peak_dtype(self.config, self.hardware)} peak"
 
     @property
     def tokens_per_s(self) -> float:
@@ -166,6 +174,7 @@ class Answer:
             },
             "memory": self._memory_json(),
             "fits": self.fits,
+            "traffic_stage": self.traffic_stage,
             "traffic": [asdict(transfer) for transfer in self.transfers],
             "step_time_s": self.time.total,
             "step_time_interval_s": list(self.step_interval),
@@ -180,6 +189,7 @@ class Answer:
             "binds": self.binding.name,
             "binds_share": self.binding.share,
             "try": list(self.binding.advice),
+            "assumes": list(self.notes),
         }
 
     def _memory_json(self) -> dict[str, Any]:
@@ -195,13 +205,15 @@ class Answer:
 
     def _budget_json(self) -> dict[str, Any]:
         low, high = self.mfu_interval
-        days = self.days()
+        days, fast, slow = self.days(), self.days(mfu=high), self.days(mfu=low)
+        gpus = self.layout.world_size
         return {
             "tokens": self.budget_tokens,
             "days": days,
-            "days_interval": [self.days(mfu=high), self.days(mfu=low)],
+            "days_interval": [fast, slow],
             "days_without_failures": self.days(with_failures=False),
-            "gpu_hours": days * 24 * self.layout.world_size,
+            "gpu_hours": days * 24 * gpus,
+            "gpu_hours_interval": [fast * 24 * gpus, slow * 24 * gpus],
         }
 
 
@@ -273,6 +285,7 @@ def plan_run(
         goodput=goodput,
         budget_tokens=budget_tokens or float(config.train.steps * workload.packs_per_step * workload.tokens),
         binding=binding_of(config, layout, workload, hardware, memory, time, headroom=headroom),
+        notes=_notes(config, layout, transfers, calibration),
     )
 
 
@@ -307,6 +320,21 @@ def _most_traffic(
 ) -> tuple[int, tuple[Transfer, ...]]:
     found = [(stage, traffic_of(config, layout, stage, workload, hardware.nvlink_domain)) for stage in range(layout.pp)]
     return max(found, key=lambda pair: sum(transfer.bytes for transfer in pair[1]))
+
+
+def _notes(
+    config: RunConfig, layout: Layout, transfers: tuple[Transfer, ...], calibration: Calibration
+) -> tuple[str, ...]:
+    """Assumptions of the shared calibration that this layout leans on; a probe's numbers are measured."""
+    far = {t.axis for t in transfers if t.operation == "all_to_all" and t.fabric == "network"}
+    # DeepEP's kernels carry the experts' rows only where they are asked for.
+    slower = sorted(far - ({"ep"} if config.parallel.dispatcher == "flex" else set()))
+    if calibration.name != "gpu" or not slower:
+        return ()
+    return (
+        f"all-to-alls across nodes ({', '.join(slower)}) are timed at {calibration.alltoall_efficiency:.0%} of the "
+        "network's rate, which DeepEP's kernels reach: optimistic for NCCL's, which run here",
+    )
 
 
 def _first_rank(layout: Layout, stage: int) -> int:

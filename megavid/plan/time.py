@@ -24,7 +24,7 @@ from megavid.plan.layout import Layout, microbatches_of_step
 from megavid.plan.traffic import Transfer, traffic_of
 from megavid.plan.workload import Workload
 
-__all__ = ["StepTime", "mfu", "stages_of", "step_time"]
+__all__ = ["StepTime", "mfu", "peak_dtype", "stages_of", "step_time"]
 
 
 def step_time(
@@ -54,13 +54,17 @@ def step_time(
 
 
 def mfu(config: RunConfig, layout: Layout, workload: Workload, hardware: Hardware, seconds: float) -> float:
-    """Model FLOPs of a step over what all ranks could do in ``seconds`` at the dense bf16 peak.
+    """Model FLOPs of a step over what all ranks could do in ``seconds`` at the peak of ``peak_dtype``."""
+    flops = model_flops(config.model, workload.clip_tokens).total * workload.packs_per_step
+    return flops / (seconds * layout.world_size * hardware.peak_of(peak_dtype(config, hardware)))
+
+
+def peak_dtype(config: RunConfig, hardware: Hardware) -> str:
+    """Number format whose peak MFU is held against: bf16, FP8 runs too.
 
     Machines without a bf16 rate (a CPU's probe in fp32) are held against the peak of the run's own format.
     """
-    flops = model_flops(config.model, workload.clip_tokens).total * workload.packs_per_step
-    peak = hardware.peak_of("bf16" if "bf16" in hardware.peak else config.precision.dtype)
-    return flops / (seconds * layout.world_size * peak)
+    return "bf16" if "bf16" in hardware.peak else config.precision.dtype
 
 
 def stages_of(config: RunConfig, layout: Layout, workload: Workload, hardware: Hardware) -> tuple[Stage, ...]:

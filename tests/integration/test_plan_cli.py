@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -76,7 +77,11 @@ def test_the_json_has_every_key_of_the_contract(capsys: pytest.CaptureFixture[st
     assert isinstance(found["binds"], str)
     low, high = found["mfu_interval"]
     assert 0 < low < found["mfu"] < high < 1
-    assert found["mfu"] < found["hfu"]  # this preset recomputes everything
+    assert found["mfu"] < found["hfu"]  # this preset recomputes something
+    assert "published runs on Hopper" in found["mfu_interval_of"]
+    sent = sum(transfer["bytes"] for transfer in found["traffic"])
+    assert 0 <= found["traffic_stage"] < found["ranks"]["pp"]
+    assert sent > 0
 
 
 def test_mfu_is_model_flops_over_the_dense_bf16_peak(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +125,7 @@ def test_a_token_budget_gives_days_and_gpu_hours(capsys: pytest.CaptureFixture[s
     assert budget["gpu_hours"] == pytest.approx(budget["days"] * 24 * 8)
     low, high = budget["days_interval"]
     assert low < budget["days"] < high
+    assert budget["gpu_hours_interval"] == pytest.approx([low * 24 * 8, high * 24 * 8])
 
 
 def test_the_search_prints_candidates_that_fit_best_first(searched: Any) -> None:
@@ -193,7 +199,7 @@ def test_data_prints_storage_rates_and_break_even(capsys: pytest.CaptureFixture[
     assert sizes["video"] == 5e15
     assert sizes["latents 8x8x4 bf16"] == pytest.approx(5e15, rel=0.2)
     rates = {rate["name"]: rate for rate in found["read"]}
-    expected = found["clips_per_step"] * 5e6 / found["step_time_s"]
+    expected = found["clips_per_step"] * 5e6 / found["step_time_interval_s"][0]  # no step waits, the fastest neither
     assert rates["video"]["unique_rate"] == pytest.approx(expected)
     printed = text(capsys, *data)
     assert "5.00 PB" in printed
@@ -246,3 +252,23 @@ def test_a_checkpoint_on_disk_is_as_large_as_planned(tmp_path: Path, capsys: pyt
     planned = answer(capsys, "tiny", "--world-size", "1", "--gpu", "h200")["goodput"]["checkpoint_bytes"]
     # Beside the tensors stand their headers, the routers' bias and a few counters.
     assert written == pytest.approx(planned, rel=0.01)
+
+
+def test_no_prediction_is_printed_as_a_point(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = text(capsys, "wan_1b", "--world-size", "8", "--gpu", "h200", "--search", "--summary")
+    ranking = printed.partition("Ranking")[2].partition("Notes")[0]
+    rows = [line for line in ranking.splitlines() if "MFU" in line]
+    assert len(rows) >= 6
+    assert all(re.match(r" +\d+ +[\d.]+ to [\d.]+ s +MFU +[\d.]+% to [\d.]+%", row) for row in rows), rows
+    assert "none of them on h200" in " ".join(printed.split())
+    data = answer(capsys, *WAN_1B, "--data", "1e6")
+    fast, slow = data["step_time_interval_s"]
+    assert fast < data["step_time_s"] < slow
+
+
+def test_assumptions_that_may_be_too_good_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    near = answer(capsys, *FLAGSHIP, "--parallel.expert", "8", "--parallel.tensor", "1")
+    far = answer(capsys, *FLAGSHIP, "--parallel.expert", "16", "--parallel.tensor", "1")
+    assert near["assumes"] == []
+    assert len(far["assumes"]) == 1
+    assert "all-to-alls across nodes (ep)" in far["assumes"][0]
