@@ -93,6 +93,16 @@ def _parser() -> argparse.ArgumentParser:
         "--text", choices=("ids", "features"), default="ids",
         help="store token ids and let training encode captions (default), or store features too",
     )  # fmt: skip
+    add(
+        "--known", default="", metavar="RULE",
+        help="store what image-to-video models are given of a clip, the latents of its known frames: first, first_last "
+        "or first-N (frames); TI2V models need none of it",
+    )  # fmt: skip
+    add(
+        "--image-encoder", default="", metavar="NAME",
+        help="store image features of the known pictures too, for models with an image branch: the folder of a CLIP "
+        "vision model (Wan 2.1's image_encoder), or colours-WIDTHxTOKENS",
+    )  # fmt: skip
     add("--device", default="cpu", help="where encoders with weights compute, such as cuda:0")
     work = parser.add_argument_group("work")
     add = work.add_argument
@@ -128,6 +138,8 @@ def _options(arguments: argparse.Namespace) -> "PrepareOptions":
         shard_sources=arguments.shard_sources,
         max_bad=arguments.max_bad,
         device=arguments.device,
+        known=arguments.known,
+        image_encoder=arguments.image_encoder,
     )
 
 

@@ -30,6 +30,8 @@ usage: megavid sample CHECKPOINT --prompt TEXT [--prompt TEXT ...] --out FILE.mp
   --sampler NAME     unipc or euler (unipc)
   --frames N, --height N, --width N, --fps X
                      size in pixels and frames per second (default: the usual size of the training data)
+  --image FILE       the first frame, for models that are trained on image to video (also: --last-image FILE, the last)
+  --image-encoder DIR  the CLIP vision model of models with an image branch, if it is not where the data named it
   --weights NAME     ema or model (ema, where the checkpoint has it)
   --tokenizer DIR    weights of the video tokenizer, for latents of a tokenizer that has some
   --gif              write FILE.gif too
@@ -82,7 +84,7 @@ def parse(argv: Sequence[str]) -> "SampleRequest":
         name: take_option(rest, f"--{name}")
         for name in (
             "out", "steps", "guidance", "seed", "sampler", "frames", "height", "width", "fps", "weights",
-            "tokenizer", "ranks",
+            "tokenizer", "ranks", "image", "last-image", "image-encoder",
         )
     }  # fmt: skip
     prompts = tuple(take_all(rest, "--prompt"))
@@ -97,6 +99,8 @@ def parse(argv: Sequence[str]) -> "SampleRequest":
     for name, known in (("sampler", SAMPLERS), ("weights", ("ema", "model"))):
         if text[name] and text[name] not in known:
             raise ConfigError(f"--{name} {text[name]} must be one of {', '.join(known)}")
+    if text["last-image"] and not text["image"]:
+        raise ConfigError(f"--last-image {text['last-image']} needs --image FILE: the first frame")
     for item in rest[1:]:
         if item.startswith("--") and not item.startswith("--parallel."):
             raise ConfigError(f"unknown argument {item}; of the config keys only --parallel.* may be given here")
@@ -114,6 +118,8 @@ def parse(argv: Sequence[str]) -> "SampleRequest":
         frame_rate=decimal_number(text["fps"], "--fps", default=0.0, minimum=0.0),
         weights=text["weights"],
         tokenizer=text["tokenizer"],
+        images=tuple(Path(text[name]) for name in ("image", "last-image") if text[name]),
+        image_encoder=text["image-encoder"],
         has_gif=has_gif,
         has_sheet=has_sheet,
         ranks=whole_number(text["ranks"], "--ranks", default=1),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megavid.data.pictures import contact_sheet
-from megavid.data.sample import Sample
+from megavid.data.sample import ConditionSpec, Sample
 from megavid.data.shards import ShardSource
 from megavid.data.tokenizer import Frames, VideoTokenizer, tokenizer_of_spec
 from megavid.errors import DataError
@@ -113,7 +113,15 @@ def _head(source: ShardSource) -> list[str]:
         f"{tokenizer.spatial}x{tokenizer.spatial} pixels x {tokenizer.temporal} frames; scaling: {tokenizer.scaling}",
         f"text       {text.name} version {text.version}: {text.length} tokens of width {text.width}"
         + (f", {text.file}" if text.file else ""),
+        *_condition_lines(info.condition),
     ]
+
+
+def _condition_lines(condition: ConditionSpec) -> list[str]:
+    if not condition.known:
+        return []
+    images = f"{condition.image_tokens} image tokens of width {condition.width} ({condition.image})"
+    return [f"known      {condition.known}; {images if condition.image else 'no image features'}"]
 
 
 def _bucket_lines(source: ShardSource) -> list[str]:

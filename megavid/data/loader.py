@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megavid.config.schema import RunConfig
 from megavid.data.build import build_source, build_text_encoder
+from megavid.data.conditioning import given_of, image_features
 from megavid.data.order import SampleOrder, held_out_samples
 from megavid.data.packing import PackPosition, PackStream, next_fit, tokens_of
 from megavid.data.quarantine import SampleReader
@@ -121,7 +122,8 @@ class Loader:
         self.source = source
         self.waited_s = 0.0
         """Seconds that steps waited for data, in all."""
-        self._patch_size, self._pack_tokens = config.model.patch_size, config.data.pack_tokens
+        self._model, self._patch_size = config.model, config.model.patch_size
+        self._pack_tokens = config.data.pack_tokens
         self._micro = train.micro_batch_size
         self._per_step = train.global_batch_size // (train.micro_batch_size * dp_size)
         self._first_pack = dp_rank * self._per_step * train.micro_batch_size
@@ -211,22 +213,32 @@ class Loader:
         return _Entry(draw, index, start, sample, self._drops_caption(draw))
 
     def _batch(self, packs: Sequence[Sequence[_Entry]]) -> LatentBatch:
-        channels = self.source.tokenizer.channels
-        pt, ph, pw = self._patch_size
-        clean_BTP = torch.zeros(len(packs), self._pack_tokens, channels * pt * ph * pw)
-        tables = []
+        channels, volume = self.source.tokenizer.channels, self._model.patch_volume
+        further = self._model.in_channels - channels
+        clean_BTP = torch.zeros(len(packs), self._pack_tokens, channels * volume)
+        condition_BTP = torch.zeros(len(packs), self._pack_tokens, further * volume) if further else None
+        tables, all_given = [], []
         for row, entries in enumerate(packs):
             clips = []
             for entry in entries:
                 _, frames, height, width = entry.sample.shape
                 grid = token_grid(frames, height, width, self._patch_size)
-                clip = Clip(entry.draw, entry.index, entry.start, grid, entry.sample.frame_rate)
-                patches = patchify(entry.sample.latents_CFHW.float(), self._patch_size)
-                clean_BTP[row, clip.start : clip.start + clip.tokens] = patches
+                given = given_of(entry.sample, self._model, self.source.tokenizer.temporal)
+                rate = entry.sample.frame_rate
+                clip = Clip(entry.draw, entry.index, entry.start, grid, rate, known=given.frames)
+                here = row, slice(clip.start, clip.start + clip.tokens)
+                clean_BTP[here] = patchify(entry.sample.latents_CFHW.float(), self._patch_size)
+                if condition_BTP is not None and given.channels_CFHW is not None:
+                    condition_BTP[here] = patchify(given.channels_CFHW, self._patch_size)
                 clips.append(clip)
+                all_given.append(given)
             tables.append(Pack(tuple(clips), self._pack_tokens))
         text_GLD = self._text([entry for entries in packs for entry in entries])
-        return LatentBatch(tuple(tables), clean_BTP, text_GLD)
+        image_GLI, has_image_G = image_features(all_given, self._model)
+        return LatentBatch(
+            tuple(tables), clean_BTP, text_GLD,
+            condition_BTP=condition_BTP, image_GLI=image_GLI, has_image_G=has_image_G,
+        )  # fmt: skip
 
     def _text(self, entries: Iterable[_Entry]) -> Tensor:
         return torch.stack([self._text_of(entry) for entry in entries])
@@ -259,10 +271,14 @@ class Loader:
             if any(entries):
                 yield self._batch(entries)
 
+    def validation_samples(self) -> Iterator[Sample]:
+        """The held-out clips that are sound."""
+        samples = (self._reader.read_sound(index) for index in self._held_out)
+        return (sample for sample in samples if sample is not None)
+
     def validation_captions(self) -> list[str]:
         """Captions of the held-out clips that are sound."""
-        samples = (self._reader.read_sound(index) for index in self._held_out)
-        return [sample.caption for sample in samples if sample is not None]
+        return [sample.caption for sample in self.validation_samples()]
 
     def close(self) -> None:
         """Stop the background reader and close files."""

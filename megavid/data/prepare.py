@@ -22,7 +22,9 @@ import torch
 
 from megavid.data.captions import SourceItem, read_source
 from megavid.data.clips import ClipRules, PixelClip, clips_of_item
-from megavid.data.sample import Sample, TextSpec, TokenizerSpec
+from megavid.data.conditioning import condition_spec, require_rule, with_known
+from megavid.data.images import ImageEncoder, image_encoder_by_name
+from megavid.data.sample import ConditionSpec, Sample, TextSpec, TokenizerSpec
 from megavid.data.shard_format import (
     DATASET_FILE,
     DatasetInfo,
@@ -64,6 +66,8 @@ class PrepareOptions:
         shard_sources: videos and images of one shard.
         max_bad: items that cannot be used before it stops; counted in each rank.
         device: where tokenizers and encoders with weights compute.
+        known: rule of the frames that models are given (``megavid.data.conditioning``); "" for none.
+        image_encoder: name for ``image_encoder_by_name``, of the pictures among them; "" for none.
     """
 
     rules: ClipRules
@@ -76,6 +80,8 @@ class PrepareOptions:
     shard_sources: int = 256
     max_bad: int = 100
     device: str = "cpu"
+    known: str = ""
+    image_encoder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +179,7 @@ def prepare(
     tokenizer = _tokenizer(options)
     for size in options.rules.buckets:
         latent_shape(tokenizer.spec, *size)
+    condition = _condition(options)
     text = _text_spec(items, out, options)
     tasks = _tasks(items, out, options, text, tokenizer.spec)
     mine = tasks[rank::num_ranks]
@@ -196,7 +203,7 @@ def prepare(
             raise DataError(
                 f"{bad} items cannot be used, more than --max-bad {options.max_bad}; the last: {last.reason}"
             )
-    dataset = _finish(tasks, out, tokenizer.spec, text)
+    dataset = _finish(tasks, out, tokenizer.spec, text, condition)
     return PrepareReport(tuple(reports[number] for number in sorted(reports)), len(tasks), dataset)
 
 
@@ -225,6 +232,27 @@ def _one_thread() -> None:
 @cache
 def _tokenizer(options: PrepareOptions) -> VideoTokenizer:
     return tokenizer_by_name(options.tokenizer, options.tokenizer_channels, options.device)
+
+
+@cache
+def _image_encoder(options: PrepareOptions) -> ImageEncoder | None:
+    return image_encoder_by_name(options.image_encoder, options.device) if options.image_encoder else None
+
+
+def _condition(options: PrepareOptions) -> ConditionSpec:
+    """What samples will carry of known frames.
+
+    Raises:
+        ConfigError: no such rule or encoder, or an encoder without known frames to show it.
+    """
+    if not options.known:
+        if options.image_encoder:
+            raise ConfigError(f"--image-encoder {options.image_encoder} needs --known: the frames that it is shown")
+        return ConditionSpec()
+    require_rule(options.known, "--known")
+    folder = Path(options.image_encoder)
+    file = str(folder.resolve()) if options.image_encoder and folder.is_dir() else ""
+    return condition_spec(options.known, _image_encoder(options), file)
 
 
 @cache
@@ -271,6 +299,8 @@ def _tasks(
         "encode_text": options.encode_text,
         "shard_sources": options.shard_sources,
     }
+    if options.known:
+        how["condition"] = asdict(_condition(options))
     tasks = []
     for number, first in enumerate(range(0, len(items), options.shard_sources)):
         part = tuple(items[first : first + options.shard_sources])
@@ -310,7 +340,8 @@ def _make_shard(task: _Task, on_item: Callable[[], None] = lambda: None) -> Shar
     first = next(samples, None)
     if first is not None:
         tokenizer = _tokenizer(task.options)
-        with ShardWriter(task.out, shard_name(task.number), tokenizer.spec) as writer:
+        has_known = bool(task.options.known)
+        with ShardWriter(task.out, shard_name(task.number), tokenizer.spec, has_known=has_known) as writer:
             for sample in chain((first,), samples):
                 writer.add(sample)
                 report.samples += 1
@@ -364,10 +395,15 @@ def _sample(task: _Task, item: SourceItem, clip: PixelClip, key: str, report: Sh
         "video_frame_rate": clip.frame_rate,
         "text_ids": encoder.ids(item.caption),
     }
-    return Sample(key, latents, item.caption, clip.frame_rate / tokenizer.spec.temporal, text_LD, meta)
+    sample = Sample(key, latents, item.caption, clip.frame_rate / tokenizer.spec.temporal, text_LD, meta)
+    if not task.options.known:
+        return sample
+    return with_known(sample, clip.video, task.options.known, tokenizer, _image_encoder(task.options))
 
 
-def _finish(tasks: Sequence[_Task], out: Path, tokenizer: TokenizerSpec, text: TextSpec) -> DatasetInfo | None:
+def _finish(
+    tasks: Sequence[_Task], out: Path, tokenizer: TokenizerSpec, text: TextSpec, condition: ConditionSpec
+) -> DatasetInfo | None:
     """Write dataset.json if every shard of every rank is finished."""
     reports = [_finished_report(task) for task in tasks]
     names = [shard_name(task.number) for task, report in zip(tasks, reports) if report and report.samples]
@@ -376,7 +412,7 @@ def _finish(tasks: Sequence[_Task], out: Path, tokenizer: TokenizerSpec, text: T
     if not names:
         raise DataError(f"no clip was made; the first item: {next(r.bad[0].reason for r in reports if r and r.bad)}")
     try:
-        return write_dataset(out, tokenizer, text, names)
+        return write_dataset(out, tokenizer, text, names, condition)
     except StorageError:
         # Two ranks that end at once write the same file; the slower one finds its partial file renamed already.
         if (out / DATASET_FILE).exists():

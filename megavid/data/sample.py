@@ -74,6 +74,29 @@ class TextSpec:
     """Its model file or folder; relative paths lie in the data set's folder."""
 
 
+@dataclass(frozen=True, slots=True)
+class ConditionSpec:
+    """What the samples of a data set carry for models that are given frames of a clip."""
+
+    known: str = ""
+    """Rule of the known frames (``megavid.data.conditioning``); "" for none: samples carry no latents of them."""
+    image: str = ""
+    """Image encoder; "" for none: samples carry no image features."""
+    version: str = ""
+    """Its version."""
+    width: int = 0
+    """Width of its features."""
+    length: int = 0
+    """Image tokens of one picture."""
+    file: str = ""
+    """Its folder, if it has one."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of one clip."""
+        return self.length * (2 if self.known == "first_last" else 1)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One clip or image.
@@ -85,6 +108,9 @@ class Sample:
         frame_rate: latent frames per second; of no effect for an image.
         text_LD: features of the caption where they were encoded ahead, [at most L, width]; zero padded by the loader.
         meta: source, licence, size, filter fields: JSON values.
+        known: frames of video that models may be given, where the data set was prepared with them.
+        condition_CFHW: latents of the clip with mid-grey in place of all other frames, as ``latents_CFHW``.
+        image_LI: image features of the known pictures, [image tokens, width]; None for a clip without one.
     """
 
     key: str
@@ -93,6 +119,9 @@ class Sample:
     frame_rate: float
     text_LD: Tensor | None = None
     meta: Mapping[str, object] = field(default_factory=dict)
+    known: tuple[int, ...] = ()
+    condition_CFHW: Tensor | None = None
+    image_LI: Tensor | None = None
 
     @property
     def shape(self) -> Shape:
@@ -161,6 +190,11 @@ class ClipSource(Protocol):
     @property
     def text(self) -> TextSpec:
         """The text encoder that goes with the captions."""
+        ...
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """What samples carry beside latents and captions."""
         ...
 
     @property

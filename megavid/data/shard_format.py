@@ -4,13 +4,15 @@
 
     DIR/dataset.json          tokenizer, text encoder, and every shard with its sizes, counts and index hash
     DIR/shard_00000.tar       USTAR, as WebDataset reads it: KEY.latent, KEY.json and, where text was encoded
-                              ahead, KEY.text of each sample
+                              ahead, KEY.text of each sample; where frames are known, KEY.condition, their latents,
+                              and where pictures were encoded, KEY.image
     DIR/shard_00000.idx       fixed-width records: offset, length, shape and hash of every member
     DIR/shard_00000.json      the shard's entry of dataset.json; its presence says that the shard is complete
 
-KEY.latent and KEY.text are raw little-endian bf16; their shapes are in KEY.json. Records of an index lie by
+All but KEY.json are raw little-endian bf16; their shapes are in KEY.json. Records of an index lie by
 (latent shape, place in the tar), so a bucket is one run of neighbours in each shard and needs no list of
-samples.
+samples. A data set without known frames is of version 1, the only one that the first megavid knew; one with
+them is of version 2, whose records have two members more.
 
 Owns the layout of these files and their reading as records; ``shard_writer`` writes them, ``shards`` reads samples.
 """
@@ -21,33 +23,42 @@ import mmap
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megavid.data.sample import Shape, TextSpec, TokenizerSpec
+from megavid.data.sample import ConditionSpec, Shape, TextSpec, TokenizerSpec
 from megavid.errors import DataError, StorageError
 
 DATASET_FILE = "dataset.json"
 FORMAT = "megavid-shards"
-FORMAT_VERSION = 1
-MAGIC = b"MVIDIDX1"
+PLAIN_VERSION, CONDITIONED_VERSION = 1, 2
 KEY_BYTES = 64
 
 HEADER = np.dtype([("magic", "S8"), ("record_bytes", "<u4"), ("crc", "<u4"), ("count", "<u8"), ("tar_bytes", "<u8")])
-MEMBERS = ("latent", "json", "text")
-RECORD = np.dtype(
-    [
-        ("key", f"S{KEY_BYTES}"),
-        ("offset", "<u8", (3,)),  # of the payload in the tar; in the order of MEMBERS; text: 0 where there is none
-        ("length", "<u8", (3,)),
-        ("shape", "<u4", (4,)),
-        ("crc", "<u4", (3,)),  # zlib.crc32 of each payload: checked on every read
-        ("reserved", "<u4"),
-        ("digest", "u1", (16,)),  # BLAKE2b of the payloads one after another: checked at rest
-    ]
-)
+MEMBERS = ("latent", "json", "text", "condition", "image")
+PLAIN_MEMBERS = 3
+"""Members that records of version 1 know."""
+
+
+def _record(members: int) -> "np.dtype[np.void]":
+    return np.dtype(
+        [
+            ("key", f"S{KEY_BYTES}"),
+            ("offset", "<u8", (members,)),  # of the payload in the tar; in the order of MEMBERS; 0 where there is none
+            ("length", "<u8", (members,)),
+            ("shape", "<u4", (4,)),
+            ("crc", "<u4", (members,)),  # zlib.crc32 of each payload: checked on every read
+            ("reserved", "<u4"),
+            ("digest", "u1", (16,)),  # BLAKE2b of the payloads one after another: checked at rest
+        ]
+    )
+
+
+RECORD, CONDITIONED_RECORD = _record(PLAIN_MEMBERS), _record(len(MEMBERS))
+"""Records of version 1 and 2."""
+_MAGIC = {RECORD: b"MVIDIDX1", CONDITIONED_RECORD: b"MVIDIDX2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +111,7 @@ class DatasetInfo:
     tokenizer: TokenizerSpec
     text: TextSpec
     shards: tuple[ShardInfo, ...]
+    condition: ConditionSpec = field(default_factory=ConditionSpec)
 
     @property
     def samples(self) -> int:
@@ -108,14 +120,15 @@ class DatasetInfo:
 
     def to_json(self) -> dict[str, object]:
         """As JSON values."""
-        return {
+        values: dict[str, object] = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": CONDITIONED_VERSION if self.condition.known else PLAIN_VERSION,
             "samples": self.samples,
             "tokenizer": asdict(self.tokenizer),
             "text": asdict(self.text),
             "shards": [shard.to_json() for shard in self.shards],
         }
+        return values | ({"condition": asdict(self.condition)} if self.condition.known else {})
 
 
 def read_json(file: Path) -> dict[str, object]:
@@ -151,11 +164,12 @@ def read_dataset(folder: Path) -> DatasetInfo:
             f"write one with `megavid prepare SOURCE --out {folder}`"
         )
     values = read_json(file)
-    if (values.get("format"), values.get("version")) != (FORMAT, FORMAT_VERSION):
+    if values.get("format") != FORMAT or values.get("version") not in (PLAIN_VERSION, CONDITIONED_VERSION):
         raise DataError(
             f"{file} is of format {values.get('format')!r} version {values.get('version')!r}; "
-            f"this megavid reads {FORMAT!r} version {FORMAT_VERSION}"
+            f"this megavid reads {FORMAT!r} versions {PLAIN_VERSION} and {CONDITIONED_VERSION}"
         )
+    condition = _condition(values, file)
     match values:
         case {
             "samples": int(samples),
@@ -180,16 +194,31 @@ def read_dataset(folder: Path) -> DatasetInfo:
                 TokenizerSpec(name, version, channels, spatial, temporal, scaling),
                 TextSpec(text, text_version, width, length, text_file),
                 tuple(ShardInfo.from_json(shard, file) for shard in shards),
+                condition,
             )
             if info.samples == samples:
                 return info
     raise DataError(f"{file} is damaged: a field is missing or the counts do not add up; run `megavid prepare` again")
 
 
+def _condition(values: Mapping[str, object], file: Path) -> ConditionSpec:
+    """What dataset.json says of known frames; version 1 has none."""
+    if values["version"] == PLAIN_VERSION:
+        return ConditionSpec()
+    match values.get("condition"):
+        case {
+            "known": str(known), "image": str(image), "version": str(version), "width": int(width),
+            "length": int(length), "file": str(folder),
+        }:  # fmt: skip
+            return ConditionSpec(known, image, version, width, length, folder)
+    raise DataError(f"{file} is damaged: it does not say which frames are known; run `megavid prepare` again")
+
+
 def pack_index(records: np.ndarray, tar_bytes: int) -> bytes:
     """An index file: header and records (already in order)."""
     body = records.tobytes()
-    header = np.array([(MAGIC, RECORD.itemsize, zlib.crc32(body), len(records), tar_bytes)], HEADER)
+    magic, size = _MAGIC[records.dtype], records.dtype.itemsize
+    header = np.array([(magic, size, zlib.crc32(body), len(records), tar_bytes)], HEADER)
     return header.tobytes() + body
 
 
@@ -211,9 +240,10 @@ def open_index(folder: Path, shard: ShardInfo) -> np.ndarray:
     if len(mapped) != shard.index_bytes or hash_of(mapped) != shard.index_hash:
         raise DataError(f"{file} is damaged: it is not the index that {folder / DATASET_FILE} lists")
     header = np.frombuffer(mapped, HEADER, count=1)[0]
-    if header["magic"] != MAGIC or header["record_bytes"] != RECORD.itemsize or header["count"] != shard.samples:
+    known = [kind for kind, magic in _MAGIC.items() if header["magic"] == magic]
+    if not known or header["record_bytes"] != known[0].itemsize or header["count"] != shard.samples:
         raise DataError(f"{file} is not an index of this megavid, or not of {shard.samples} samples")
-    return np.frombuffer(mapped, RECORD, count=shard.samples, offset=HEADER.itemsize)
+    return np.frombuffer(mapped, known[0], count=shard.samples, offset=HEADER.itemsize)
 
 
 def hash_of(*payloads: bytes | mmap.mmap) -> str:

@@ -16,10 +16,13 @@ from typing import Self
 
 import numpy as np
 
-from megavid.data.sample import Sample, TextSpec, TokenizerSpec, to_bytes
+from megavid.data.sample import ConditionSpec, Sample, TextSpec, TokenizerSpec, to_bytes
 from megavid.data.shard_format import (
+    CONDITIONED_RECORD,
     DATASET_FILE,
     KEY_BYTES,
+    MEMBERS,
+    PLAIN_MEMBERS,
     RECORD,
     DatasetInfo,
     ShardInfo,
@@ -60,10 +63,11 @@ class ShardWriter:
         folder: the data set's folder; created.
         name: such as ``shard_name(0)``.
         tokenizer: who made the latents; goes into every KEY.json too, so that a tar alone says what it is.
+        has_known: samples carry latents of known frames, and image features where they have an image.
     """
 
-    def __init__(self, folder: Path, name: str, tokenizer: TokenizerSpec) -> None:
-        self.folder, self.name, self.tokenizer = folder, name, tokenizer
+    def __init__(self, folder: Path, name: str, tokenizer: TokenizerSpec, *, has_known: bool = False) -> None:
+        self.folder, self.name, self.tokenizer, self.has_known = folder, name, tokenizer, has_known
         self._records: list[tuple[object, ...]] = []
         self._keys: set[str] = set()
         try:
@@ -110,10 +114,20 @@ class ShardWriter:
                 f"{self.name}: sample {sample.key} has {sample.shape[0]} channels, its tokenizer "
                 f"{self.tokenizer.name} has {self.tokenizer.channels}"
             )
-        if not bool(sample.latents_CFHW.isfinite().all()):
-            raise DataError(f"{self.name}: sample {sample.key} has latents that are not finite")
+        for tensor in (sample.latents_CFHW, sample.condition_CFHW, sample.image_LI):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise DataError(f"{self.name}: sample {sample.key} has latents or features that are not finite")
+        condition_CFHW = sample.condition_CFHW
+        if (condition_CFHW is not None) != self.has_known or (
+            condition_CFHW is not None and condition_CFHW.shape != sample.latents_CFHW.shape
+        ):
+            raise DataError(
+                f"{self.name}: sample {sample.key} must carry latents of its known frames, of the shape of its own, "
+                "if the others of its shard do"
+            )
         latent = to_bytes(sample.latents_CFHW)
-        text = b"" if sample.text_LD is None else to_bytes(sample.text_LD)
+        optional = (sample.text_LD, condition_CFHW, sample.image_LI)
+        text, condition, image = (b"" if tensor is None else to_bytes(tensor) for tensor in optional)
         values = {
             **sample.meta,
             "key": sample.key,
@@ -125,10 +139,14 @@ class ShardWriter:
             "hash": hash_of(latent),
             "tokenizer": {"name": self.tokenizer.name, "version": self.tokenizer.version},
         }
-        payloads = (latent, to_json_bytes(values), text)
+        if self.has_known:
+            values["known"] = list(sample.known)
+            values["image_shape"] = None if sample.image_LI is None else list(sample.image_LI.shape)
+        all_payloads = (latent, to_json_bytes(values), text, condition, image)
+        payloads = all_payloads if self.has_known else all_payloads[:PLAIN_MEMBERS]
         offsets = [
             self._member(f"{sample.key}.{member}", payload) if payload else 0
-            for member, payload in zip(("latent", "json", "text"), payloads, strict=True)
+            for member, payload in zip(MEMBERS, payloads, strict=False)
         ]
         self._keys.add(sample.key)
         self._records.append(
@@ -167,7 +185,7 @@ class ShardWriter:
             self._file.close()
             self._partial.unlink(missing_ok=True)
             raise DataError(f"{self.folder / self.name}: a shard needs at least one sample")
-        records = np.array(self._records, RECORD)
+        records = np.array(self._records, CONDITIONED_RECORD if self.has_known else RECORD)
         shapes = records["shape"]
         order = np.lexsort((records["offset"][:, 0], *(shapes[:, axis] for axis in (3, 2, 1, 0))))
         records = records[order]
@@ -199,7 +217,9 @@ class ShardWriter:
         return info
 
 
-def write_dataset(folder: Path, tokenizer: TokenizerSpec, text: TextSpec, names: list[str]) -> DatasetInfo:
+def write_dataset(
+    folder: Path, tokenizer: TokenizerSpec, text: TextSpec, names: list[str], condition: ConditionSpec | None = None
+) -> DatasetInfo:
     """Gather finished shards into dataset.json.
 
     Raises:
@@ -214,6 +234,6 @@ def write_dataset(folder: Path, tokenizer: TokenizerSpec, text: TextSpec, names:
         shards.append(info)
     if not shards:
         raise DataError(f"{folder}: no shard was written: the source gave no clip")
-    dataset = DatasetInfo(tokenizer, text, tuple(shards))
+    dataset = DatasetInfo(tokenizer, text, tuple(shards), condition or ConditionSpec())
     write_aside(folder / DATASET_FILE, to_json_bytes(dataset.to_json()))
     return dataset

@@ -10,13 +10,25 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from megavid.data.sample import BadSample, Bucket, Sample, Shape, TextSpec, TokenizerSpec, buckets_of_runs, from_bytes
-from megavid.data.shard_format import DATASET_FILE, MEMBERS, hash_of, open_index, read_dataset
+from megavid.data.sample import (
+    BadSample,
+    Bucket,
+    ConditionSpec,
+    Sample,
+    Shape,
+    TextSpec,
+    TokenizerSpec,
+    buckets_of_runs,
+    from_bytes,
+)
+from megavid.data.shard_format import DATASET_FILE, MEMBERS, PLAIN_MEMBERS, hash_of, open_index, read_dataset
 from megavid.errors import DataError, StorageError
 
 _OPEN_SHARDS = 64
@@ -31,13 +43,14 @@ class ShardSource:
 
     Args:
         folder: what ``megavid prepare`` wrote.
+        reads_known: read what samples carry of known frames too, where they do.
 
     Raises:
         DataError: dataset.json, a shard or an index is missing, or has another size than it had when it was written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, reads_known: bool = True) -> None:
+        self.folder, self.reads_known = folder, reads_known
         self.info = read_dataset(folder)
         for shard in self.info.shards:
             for file, size in (
@@ -67,6 +80,11 @@ class ShardSource:
         return self.info.text
 
     @property
+    def condition(self) -> ConditionSpec:
+        """What samples carry of known frames."""
+        return self.info.condition
+
+    @property
     def buckets(self) -> tuple[Bucket, ...]:
         """Every sample once, by shape."""
         return self._buckets
@@ -93,7 +111,7 @@ class ShardSource:
         shard, row = self._locate(index)
         record = self._shard(shard)[1][row]
         name = f"{self.info.shards[shard].name}.tar:{record['key'].decode()}"
-        latent, description, text = (self._member(shard, record, member, name) for member in range(len(MEMBERS)))
+        latent, description, text = (self._member(shard, record, member, name) for member in range(PLAIN_MEMBERS))
         shape = tuple(int(extent) for extent in record["shape"])
         if shape != self.shape(index) or len(latent) != 2 * int(np.prod(shape, dtype=np.int64)):
             raise BadSample(name, f"{len(latent)} bytes are not bf16 latents of shape {self.shape(index)}")
@@ -104,7 +122,21 @@ class ShardSource:
             text_LD: Tensor | None = None if text_shape is None else from_bytes(text, text_shape)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise BadSample(name, f"its description cannot be read ({error})") from error
-        return Sample(record["key"].decode(), from_bytes(latent, shape), caption, frame_rate, text_LD, values)
+        sample = Sample(record["key"].decode(), from_bytes(latent, shape), caption, frame_rate, text_LD, values)
+        return self._with_known(sample, shard, record, name) if self.reads_known and self.condition.known else sample
+
+    def _with_known(self, sample: Sample, shard: int, record: np.void, name: str) -> Sample:
+        """The same sample with what it carries of known frames."""
+        condition, image = (self._member(shard, record, member, name) for member in range(PLAIN_MEMBERS, len(MEMBERS)))
+        values: dict[str, Any] = dict(sample.meta)
+        try:
+            known, image_shape = tuple(int(frame) for frame in values.pop("known")), values.pop("image_shape")
+            return replace(
+                sample, meta=values, known=known, condition_CFHW=from_bytes(condition, sample.shape),
+                image_LI=None if image_shape is None else from_bytes(image, image_shape),
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise BadSample(name, f"what it carries of known frames cannot be read ({error})") from error
 
     def captions(self) -> Iterator[str]:
         """Captions of all good samples, by reading only their descriptions."""
@@ -131,7 +163,7 @@ class ShardSource:
             shard, row = self._locate(index)
             record = self._shard(shard)[1][row]
             name = self.sample_name(index)
-            payloads = [self._member(shard, record, member, name) for member in range(len(MEMBERS))]
+            payloads = [self._member(shard, record, member, name) for member in range(len(record["offset"]))]
             if hash_of(*payloads) != record["digest"].tobytes().hex():
                 return BadSample(name, "its hash differs from the index")
         except BadSample as error:

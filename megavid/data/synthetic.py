@@ -11,7 +11,9 @@ from functools import cached_property
 
 import numpy as np
 
-from megavid.data.sample import Bucket, Sample, Shape, TextSpec, TokenizerSpec, buckets_of_runs
+from megavid.data.conditioning import condition_spec, with_known
+from megavid.data.images import ImageEncoder
+from megavid.data.sample import Bucket, ConditionSpec, Sample, Shape, TextSpec, TokenizerSpec, buckets_of_runs
 from megavid.data.tokenizer import Frames, VideoTokenizer, latent_shape
 from megavid.ops.philox import key_of, uniform_at
 
@@ -150,6 +152,8 @@ class SyntheticSource:
         text: the text encoder that goes with the captions.
         num_clips: length.
         sizes: frames, height and width; clip ``index`` has those of number ``index % len(sizes)``.
+        known: rule of the frames that models are given; "" for none.
+        images: encoder of known pictures; None for no features.
     """
 
     def __init__(
@@ -159,8 +163,11 @@ class SyntheticSource:
         text: TextSpec,
         num_clips: int = NUM_CLIPS,
         sizes: Sequence[tuple[int, int, int]] = SIZES,
+        known: str = "",
+        images: ImageEncoder | None = None,
     ) -> None:
         self._seed, self._tokenizer, self._num_clips = seed, tokenizer, num_clips
+        self._known, self._images = known, images
         self._text = text
         self._sizes = tuple(sizes)
         self._shapes = [latent_shape(tokenizer.spec, *size) for size in self._sizes]
@@ -179,6 +186,11 @@ class SyntheticSource:
     def text(self) -> TextSpec:
         """The text encoder that goes with the captions."""
         return self._text
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """What clips carry of known frames."""
+        return condition_spec(self._known, self._images)
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -200,10 +212,12 @@ class SyntheticSource:
         """Draw and encode one clip."""
         size = self._sizes[index % len(self._sizes)]
         scene = scene_of(self._seed, index, size)
-        latents_CFHW = self._tokenizer.encode(draw(scene, size))
+        video = draw(scene, size)
+        latents_CFHW = self._tokenizer.encode(video)
         rate = FRAMES_PER_SECOND / self._tokenizer.spec.temporal
         meta = {"source": "synthetic", "licence": "none needed", "size": list(size)}
-        return Sample(self.sample_name(index).replace(":", "_"), latents_CFHW, scene.caption, rate, None, meta)
+        sample = Sample(self.sample_name(index).replace(":", "_"), latents_CFHW, scene.caption, rate, None, meta)
+        return with_known(sample, video, self._known, self._tokenizer, self._images) if self._known else sample
 
     def close(self) -> None:
         """Nothing is open."""

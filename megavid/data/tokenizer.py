@@ -8,6 +8,7 @@ input is on.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,11 +39,12 @@ class VideoTokenizer(Protocol):
         """Name, version, channels, strides and scaling: what latents carry."""
         ...
 
-    def encode(self, video_FHW3: Frames | Tensor) -> Tensor:
+    def encode(self, video_FHW3: Frames | Tensor, known: Sequence[int] | None = None) -> Tensor:
         """Latents of a clip.
 
         Args:
             video_FHW3: RGB, uint8, [1 + temporal * k, height, width, 3]; the sizes multiples of ``spec.spatial``.
+            known: frames that are shown; mid-grey, exactly the middle of the range, stands for all others. None: all.
 
         Returns:
             Normalised latents [C, 1 + k, height / spatial, width / spatial], fp32, on the CPU.
@@ -126,9 +128,9 @@ class DctTokenizer:
         """What latents carry."""
         return self._spec
 
-    def encode(self, video_FHW3: Frames | Tensor) -> Tensor:
+    def encode(self, video_FHW3: Frames | Tensor, known: Sequence[int] | None = None) -> Tensor:
         """See ``VideoTokenizer.encode``."""
-        video = as_uint8(video_FHW3)
+        video, shown_F = as_uint8(video_FHW3), _shown(len(video_FHW3), known)
         frames, height, width, _ = video.shape
         channels, latent_frames, rows, columns = latent_shape(self._spec, frames, height, width)
         latents = torch.empty(channels, latent_frames, rows, columns)
@@ -136,6 +138,8 @@ class DctTokenizer:
             start, stop, encode, _ = self._group(latent_frame)
             blocks = video[start:stop].reshape(stop - start, rows, 8, columns, 8, 3).permute(1, 3, 0, 2, 4, 5)
             pixels = blocks.reshape(rows * columns, -1).float() / 255 - 0.5
+            if known is not None:
+                pixels *= shown_F[start:stop].repeat_interleave(8 * 8 * 3)
             latents[:, latent_frame] = (pixels @ encode).T.view(channels, rows, columns)
         return latents
 
@@ -159,6 +163,13 @@ class DctTokenizer:
         if latent_frame == 0:
             return 0, 1, self._first_encode, self._first_decode
         return 4 * latent_frame - 3, 4 * latent_frame + 1, self._group_encode, self._group_decode
+
+
+def _shown(frames: int, known: Sequence[int] | None) -> Tensor:
+    """1 for the frames that are shown, 0 for the others."""
+    shown_F = torch.ones(frames) if known is None else torch.zeros(frames)
+    shown_F[list(known or ())] = 1.0
+    return shown_F
 
 
 def as_uint8(video_FHW3: Frames | Tensor) -> Tensor:
@@ -248,11 +259,13 @@ class WanVaeTokenizer:
         return self._spec
 
     @torch.no_grad()
-    def encode(self, video_FHW3: Frames | Tensor) -> Tensor:
+    def encode(self, video_FHW3: Frames | Tensor, known: Sequence[int] | None = None) -> Tensor:
         """See ``VideoTokenizer.encode``."""
-        video = as_uint8(video_FHW3)
+        video, shown_F = as_uint8(video_FHW3), _shown(len(video_FHW3), known)
         latent_shape(self._spec, *video.shape[:3])
         pixels = video.permute(3, 0, 1, 2)[None].to(self._device, self._dtype) / 127.5 - 1
+        if known is not None:
+            pixels *= shown_F.to(pixels).view(-1, 1, 1)
         mode = self._vae.encode(pixels).latent_dist.mode().float()
         latents: Tensor = ((mode - self._mean) / self._deviation)[0].cpu()
         return latents

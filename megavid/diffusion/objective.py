@@ -119,7 +119,7 @@ def add_noise(batch: LatentBatch, keys: Sequence[Key], sigmas: Sequence[float]) 
     clip_BT = clip_index(batch.packs, batch.span).to(clean_BTP.device)
     known_BT = known_index(batch.packs, batch.span).to(clean_BTP.device)
     sigma_G = torch.tensor(sigmas, dtype=torch.float32, device=clean_BTP.device)
-    rows = timestep_rows(batch.packs, sigma_G, clip_BT, known_BT)
+    rows = timestep_rows(batch.packs, TIMESTEP_SCALE * sigma_G, clip_BT, known_BT)
     level_BT = sigma_G.to(clean_BTP.dtype)[clip_BT.clamp(min=0)].masked_fill(known_BT, 0.0)
     patches_BTP = interpolate(clean_BTP, noise_BTP, level_BT.unsqueeze(-1))
     if batch.condition_BTP is not None:
@@ -149,23 +149,23 @@ class TimestepRows(NamedTuple):
     row_BT: Tensor
 
 
-def timestep_rows(packs: tuple[Pack, ...], sigma_G: Tensor, clip_BT: Tensor, known_BT: Tensor) -> TimestepRows:
-    """The timestep table of clips at these noise levels.
+def timestep_rows(packs: tuple[Pack, ...], timestep_G: Tensor, clip_BT: Tensor, known_BT: Tensor) -> TimestepRows:
+    """The timestep table of clips at these timesteps.
 
     Args:
         packs: the segment tables.
-        sigma_G: noise level of each clip.
+        timestep_G: timestep of each clip, 1000 * noise level.
         clip_BT: ``clip_index`` of the tokens at hand.
         known_BT: ``known_index`` of them.
     """
     has_known = [bool(clip.known) for pack in packs for clip in pack.clips]
     row_BT = clip_BT.clamp(min=0)
     if not any(has_known):
-        return TimestepRows(TIMESTEP_SCALE * sigma_G, row_BT)
+        return TimestepRows(timestep_G, row_BT)
     # Every clip has a row of its own for what is known, so that a table's size follows from its clips.
     own_G = torch.tensor(has_known, device=row_BT.device).cumsum(0) - 1 + len(has_known)
-    zero = sigma_G.new_zeros(sum(has_known))
-    return TimestepRows(torch.cat((TIMESTEP_SCALE * sigma_G, zero)), torch.where(known_BT, own_G[row_BT], row_BT))
+    zero = timestep_G.new_zeros(sum(has_known))
+    return TimestepRows(torch.cat((timestep_G, zero)), torch.where(known_BT, own_G[row_BT], row_BT))
 
 
 def clip_noise(packs: tuple[Pack, ...], keys: Sequence[Key], like_BTP: Tensor, span: Span) -> Tensor:

@@ -92,7 +92,27 @@ def sample(
         velocity_BTP = velocity_of(prompts.input_at(state_BTP, sigma, told.get(sigma)))
         return prompts.guide(velocity_BTP.to(state_BTP.dtype))
 
-    return integrate(velocity_at, start_noise_BTP, sigmas, kind=kind, on_step=on_step)
+    return prompts.with_known(integrate(velocity_at, start_noise_BTP, sigmas, kind=kind, on_step=on_step))
+
+
+def by_noise_level(
+    high: Callable[[ModelInput], Tensor], low: Callable[[ModelInput], Tensor], boundary: float
+) -> Callable[[ModelInput], Tensor]:
+    """The velocity of two experts, for ``sample``: the high-noise one from the boundary on, the low-noise one below.
+
+    Args:
+        high: trained on ``diffusion.sigma_min = boundary`` to 1.
+        low: trained on 0 to ``diffusion.sigma_max = boundary``.
+        boundary: noise level after the shift, timestep / 1000: the ``boundary_ratio`` of diffusers' pipelines, which
+            switch by timestep as well.
+    """
+
+    def velocity_of(model_input: ModelInput) -> Tensor:
+        # The largest: rows of known tokens are at 0.
+        is_high = float(model_input.timestep_R.max()) >= TIMESTEP_SCALE * boundary
+        return (high if is_high else low)(model_input)
+
+    return velocity_of
 
 
 def integrate(

@@ -115,6 +115,11 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         f"trained from diffusion.sigma_min = {config.diffusion.sigma_min} to sigma_max = "
         f"{config.diffusion.sigma_max}; set 0, and sample with both experts later",
     )
+    require(
+        not config.log.sample_prompts or config.model.task != "i2v",
+        "log.sample_prompts must be empty with model.task = 'i2v', which needs a picture too; "
+        "log.sample_interval_steps alone draws from pictures of held-out clips",
+    )
     microbatches = train.global_batch_size // (train.micro_batch_size * dp)
     require(
         parallel.virtual_pipeline == 1 or microbatches % pp == 0,

@@ -15,7 +15,7 @@ from megavid.checkpoint import Checkpoint
 from megavid.checkpoint.manifest import decode, read_checked
 from megavid.config.load import from_table
 from megavid.config.schema import RunConfig
-from megavid.data.sample import BadSample, ClipSource, TextSpec, TokenizerSpec
+from megavid.data.sample import BadSample, ClipSource, ConditionSpec, Sample, Shape, TextSpec, TokenizerSpec
 from megavid.data.text import SentencePieceEncoder, TextEncoder, spec_of, text_encoder_of_spec
 from megavid.data.tokenizer import VideoTokenizer, tokenizer_of_spec
 
@@ -49,12 +49,14 @@ class SamplingKit:
         text_encoder: reads prompts.
         text: its identity; a relative file lies in the checkpoint.
         size: what is sampled where nobody says otherwise.
+        condition: what the model was given of its clips, and who made it.
     """
 
     tokenizer: TokenizerSpec
     text_encoder: TextEncoder
     text: TextSpec
     size: ClipSize
+    condition: ConditionSpec = dataclasses.field(default_factory=ConditionSpec)
 
     @classmethod
     def of(cls, config: RunConfig, source: ClipSource, text_encoder: TextEncoder) -> "SamplingKit":
@@ -62,7 +64,9 @@ class SamplingKit:
         is_embedded = isinstance(text_encoder, SentencePieceEncoder)
         named = str((Path(config.data.path) / source.text.file).resolve())
         text = spec_of(text_encoder, VOCABULARY if is_embedded else named)
-        return cls(source.tokenizer, text_encoder, text, usual_size(source, config.model.latent_frame_rate))
+        condition = source.condition if config.model.task != "t2v" else ConditionSpec()
+        size = usual_size(source, config.model.latent_frame_rate)
+        return cls(source.tokenizer, text_encoder, text, size, condition)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> "SamplingKit":
@@ -78,7 +82,8 @@ class SamplingKit:
             read_checked(checkpoint.folder, VOCABULARY, checkpoint.manifest)
         text_encoder = text_encoder_of_spec(text, checkpoint.folder)
         tokenizer = from_table(TokenizerSpec, table["tokenizer"])
-        return cls(tokenizer, text_encoder, text, from_table(ClipSize, table["size"]))
+        condition = from_table(ConditionSpec, table.get("condition", {}))
+        return cls(tokenizer, text_encoder, text, from_table(ClipSize, table["size"]), condition)
 
     def files(self) -> dict[str, bytes]:
         """Content of the files that a checkpoint carries, by name."""
@@ -87,6 +92,8 @@ class SamplingKit:
             "text": dataclasses.asdict(self.text),
             "size": dataclasses.asdict(self.size),
         }
+        if self.condition.known:
+            table["condition"] = dataclasses.asdict(self.condition)
         files = {KIT: (json.dumps(table, indent=1) + "\n").encode()}
         if isinstance(self.text_encoder, SentencePieceEncoder):
             files[VOCABULARY] = self.text_encoder.model
@@ -109,9 +116,18 @@ def usual_size(source: ClipSource, latent_frame_rate: float) -> ClipSize:
     """Size of the most frequent videos of a data set (of its images, where it has no video)."""
     spec = source.tokenizer
     bucket = max(source.buckets, key=lambda bucket: (bucket.shape[1] > 1, len(bucket), bucket.shape))
-    _, frames, height, width = bucket.shape
     with contextlib.suppress(BadSample):  # the reader will name it; the model's own rate is as good
         latent_frame_rate = source.read(int(bucket.starts[0])).frame_rate
+    return _size(bucket.shape, spec, latent_frame_rate)
+
+
+def size_of(sample: Sample, spec: TokenizerSpec) -> ClipSize:
+    """Size of the clip that a sample holds the latents of."""
+    return _size(sample.shape, spec, sample.frame_rate)
+
+
+def _size(shape: Shape, spec: TokenizerSpec, latent_frame_rate: float) -> ClipSize:
+    _, frames, height, width = shape
     return ClipSize(
         frames=1 + (frames - 1) * spec.temporal,
         height=height * spec.spatial,

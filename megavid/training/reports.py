@@ -13,6 +13,7 @@ from megavid.data.pictures import contact_sheet
 from megavid.data.video import write_png
 from megavid.ops.packs import LatentBatch
 from megavid.training.callbacks import Callback, Run
+from megavid.training.kit import size_of
 from megavid.training.metrics import read_rows
 from megavid.training.plots import plot_run
 from megavid.training.resume import has_average
@@ -54,7 +55,9 @@ class PictureGrid(Callback):
 
     def after_step(self, run: Run, report: StepReport) -> None:
         """Sample and write samples/step_XXXXXXXX.png."""
-        prompts = [Prompt(text, run.kit.size) for text in self._prompts(run)]
+        prompts = self._prompts(run)
+        if not prompts:  # nothing but still images is held out, which no model makes from a picture
+            return
         settings = SamplerSettings(steps=run.config.log.sample_steps)
         total = settings.steps * rounds(len(prompts), run.engine)
         average = run.engine.averaged_weights() if has_average(run.config) else contextlib.nullcontext()
@@ -67,8 +70,13 @@ class PictureGrid(Callback):
             write_png(file, contact_sheet([(prompt.text, [clip]) for prompt, clip in zip(prompts, clips)]))
             run.event("sampled", step=report.step, file=str(file.relative_to(run.run_dir.path)))
 
-    def _prompts(self, run: Run) -> tuple[str, ...]:
-        return run.config.log.sample_prompts or tuple(run.loader.validation_captions()[:MAX_PROMPTS])
+    def _prompts(self, run: Run) -> list[Prompt]:
+        """The prompts of the config, else held-out clips: their captions, and what the model is given of a clip."""
+        texts, is_given = run.config.log.sample_prompts, run.config.model.task != "t2v"
+        if texts or not is_given:
+            return [Prompt(text, run.kit.size) for text in texts or run.loader.validation_captions()[:MAX_PROMPTS]]
+        samples = [sample for sample in run.loader.validation_samples() if sample.shape[1] > 1][:MAX_PROMPTS]
+        return [Prompt(sample.caption, size_of(sample, run.kit.tokenizer), sample) for sample in samples]
 
 
 class LossPlot(Callback):

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from megavid.checkpoint import Checkpoint, resolve
 from megavid.checkpoint.format import RUN
 from megavid.config.load import load_run
-from megavid.config.schema import ParallelConfig, RunConfig
+from megavid.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megavid.data.images import image_encoder_of_spec
 from megavid.data.pictures import contact_sheet
 from megavid.data.tokenizer import Frames
-from megavid.data.video import write_gif, write_png, write_video
+from megavid.data.video import fit_frame, read_image, write_gif, write_png, write_video
 from megavid.diffusion.samplers import SamplerKind
 from megavid.errors import ConfigError, StorageError
 from megavid.models.runner import build_engine
@@ -29,7 +30,7 @@ from megavid.parallel.mesh import Mesh
 from megavid.plan.layout import Layout
 from megavid.training.kit import ClipSize, SamplingKit
 from megavid.training.resume import config_of, has_average, load_weights
-from megavid.training.sampling import Prompt, SamplerSettings, decode, grid_of, rounds, sample_latents
+from megavid.training.sampling import Prompt, SamplerSettings, decode, grid_of, pictured, rounds, sample_latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class SampleRequest:
     frame_rate: float = 0.0
     weights: str = ""
     tokenizer: str = ""
+    images: tuple[Path, ...] = ()
+    image_encoder: str = ""
     has_gif: bool = False
     has_sheet: bool = False
     ranks: int = 1
@@ -87,11 +90,47 @@ class SampleJob:
         )
         grid_of(kit, size, trained.model.patch_size)
         kit.video_tokenizer(request.tokenizer)
+        check_noise_range(trained, checkpoint.folder)
+        check_pictures(request, trained.model, kit)
         try:
             request.out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"--out {request.out}: cannot make its folder: {error.strerror}") from error
         return cls(request, checkpoint, sampling_config(checkpoint, request.overrides, num_ranks), kit, size)
+
+
+def check_noise_range(config: RunConfig, folder: Path) -> None:
+    """Refuse to sample all noise levels with a model of some of them.
+
+    Raises:
+        ConfigError: it is one of two experts.
+    """
+    diffusion = config.diffusion
+    if not diffusion.has_all_levels:
+        raise ConfigError(
+            f"{folder} is trained on noise levels {diffusion.sigma_min:g} to {diffusion.sigma_max:g} only, and "
+            "sampling goes from 1 to 0; sample a pipeline folder of both experts, made with megavid convert --second"
+        )
+
+
+def check_pictures(request: SampleRequest, model: ModelConfig, kit: SamplingKit) -> None:
+    """Refuse pictures that the model does not read, and prompts that lack one.
+
+    Raises:
+        ConfigError: too few pictures, or too many.
+    """
+    has_last = kit.condition.known == "first_last"
+    least, most = {"t2v": (0, 0), "i2v": (1 + has_last,) * 2, "ti2v": (0, 1)}[model.task]
+    if not least <= len(request.images) <= most:
+        options = "--image FILE --last-image FILE" if has_last else "--image FILE"
+        wanted = {0: "no --image", 1: options if least else f"{options} or none", 2: options}[most]
+        raise ConfigError(
+            f"{request.checkpoint} is trained with model.task = '{model.task}'"
+            + (f" and --known {kit.condition.known}" if kit.condition.known else "")
+            + f": it takes {wanted}, got {len(request.images)} pictures"
+        )
+    for file in request.images:
+        read_image(file)
 
 
 def sampling_config(checkpoint: Checkpoint, overrides: Sequence[str], num_ranks: int) -> RunConfig:
@@ -131,7 +170,7 @@ def sample_rank(job: SampleJob, layout: Layout, device: Device, env: RankEnv) ->
         mesh = stack.enter_context(Mesh.open(layout, device, request.seed))
         engine = load_engine(job.checkpoint, job.config, mesh, request.weights)
         settings = SamplerSettings(request.steps, request.guidance, request.seed, request.sampler)
-        prompts = [Prompt(text, job.size) for text in request.prompts]
+        prompts = prompts_of(job)
         total = settings.steps * rounds(len(prompts), engine)
         with tqdm(total=total, desc="sampling", unit="step", disable=not mesh.is_main) as bar:
             latents = sample_latents(engine, job.kit, prompts, settings, on_step=bar.update)
@@ -139,6 +178,19 @@ def sample_rank(job: SampleJob, layout: Layout, device: Device, env: RankEnv) ->
             clips = decode(job.kit.video_tokenizer(request.tokenizer), latents)
             write_clips(request, clips, job.size.frame_rate)
         mesh.barrier()
+
+
+def prompts_of(job: SampleJob) -> list[Prompt]:
+    """The request's prompts; all of them begin with its picture, if it has one."""
+    request, size = job.request, job.size
+    if not request.images:
+        return [Prompt(text, size) for text in request.prompts]
+    pictures = [fit_frame(read_image(file)[0], size.height, size.width) for file in request.images]
+    images = None
+    if job.config.model.image_size:
+        images = image_encoder_of_spec(job.kit.condition, request.image_encoder)
+    tokenizer = job.kit.video_tokenizer(request.tokenizer)
+    return [pictured(text, size, pictures, tokenizer, images) for text in request.prompts]
 
 
 def write_clips(request: SampleRequest, clips: Sequence[Frames], frame_rate: float) -> None:

@@ -8,27 +8,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megavid.config.schema import ModelConfig
+from megavid.data.conditioning import Given, given_of
+from megavid.data.images import ImageEncoder
+from megavid.data.sample import Sample
 from megavid.data.text import TextEncoder
 from megavid.data.tokenizer import Frames, VideoTokenizer, latent_shape
-from megavid.diffusion.guidance import PromptPacks, pack_prompts
+from megavid.diffusion.guidance import PromptGiven, PromptPacks, pack_prompts
 from megavid.diffusion.samplers import SamplerKind, sample, sampler_levels
 from megavid.diffusion.timesteps import shift_of_clip
 from megavid.models.inputs import ModelInput
 from megavid.models.runner import velocity_of
-from megavid.ops.patches import token_grid, unpatchify
+from megavid.ops.patches import patchify, token_grid, unpatchify
 from megavid.parallel.engine import Engine
 from megavid.training.kit import ClipSize, SamplingKit
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One clip to sample."""
+    """One clip to sample.
+
+    Attributes:
+        text: its caption.
+        size: its size.
+        sample: a clip of that size of which the model is given what its task reads; None for the caption alone.
+    """
 
     text: str
     size: ClipSize
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +133,7 @@ def prompt_packs(
     """
     mesh = engine.mesh
     text_GLD = encode(kit.text_encoder, [prompt.text, ""]).to(mesh.device)
+    given = _given(engine.config.model, kit, prompt, mesh.device)
     unit = mesh.layout.tp * mesh.layout.cp
     pack_tokens = -(-tokens // unit) * unit
     packs = pack_prompts(
@@ -131,8 +144,53 @@ def prompt_packs(
         pack_tokens=pack_tokens,
         guidance=guidance,
         first_number=number,
+        given=[given],
     )
     return packs.within(mesh.token_span(pack_tokens))
+
+
+def _given(model: ModelConfig, kit: SamplingKit, prompt: Prompt, device: torch.device) -> PromptGiven:
+    """What the prompt gives beside its caption, on the model's device."""
+    if prompt.sample is None:
+        return PromptGiven()
+    given: Given = given_of(prompt.sample, model, kit.tokenizer.temporal)
+
+    def patches(latents_CFHW: Tensor | None) -> Tensor | None:
+        return None if latents_CFHW is None else patchify(latents_CFHW.float(), model.patch_size).to(device)
+
+    return PromptGiven(
+        known=given.frames,
+        clean_TP=patches(prompt.sample.latents_CFHW) if given.frames else None,
+        condition_TP=patches(given.channels_CFHW),
+        image_LI=None if given.image_LI is None else given.image_LI.to(device),
+    )
+
+
+def pictured(
+    text: str, size: ClipSize, pictures: Sequence[Frames], tokenizer: VideoTokenizer, images: ImageEncoder | None
+) -> Prompt:
+    """A prompt for a clip that begins with a picture, or with one and ends with another.
+
+    Args:
+        text: the caption.
+        size: the clip's.
+        pictures: one or two, [height, width, 3] uint8, of the clip's size.
+        tokenizer: the one whose latents the model was trained on.
+        images: the image encoder whose features the model was trained on; None for none.
+
+    Raises:
+        DataError: the tokenizer has no latents of such a size.
+    """
+    video_FHW3 = np.zeros((size.frames, size.height, size.width, 3), np.uint8)
+    known = (0, size.frames - 1)[: len(pictures)]
+    for frame, picture in zip(known, pictures, strict=True):
+        video_FHW3[frame] = picture
+    condition_CFHW = tokenizer.encode(video_FHW3, known)
+    # The first latent frame is of the first picture alone; the others are not read.
+    latents_CFHW = torch.zeros_like(condition_CFHW)
+    latents_CFHW[:, :1] = tokenizer.encode(video_FHW3[:1])
+    image_LI = None if images is None else images.encode(pictures)
+    return Prompt(text, size, Sample("prompt", latents_CFHW, text, 1.0, None, {}, known, condition_CFHW, image_LI))
 
 
 def encode(text_encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
@@ -143,7 +201,7 @@ def encode(text_encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
 def _solve(engine: Engine[Any], packs: PromptPacks, settings: SamplerSettings, on_step: Callable[[], None]) -> Tensor:
     """Tokens of the one prompt in ``packs``, [tokens, P]."""
     config = engine.config
-    width = config.model.in_channels * config.model.patch_volume
+    width = config.model.out_channels * config.model.patch_volume
     clip = packs.packs[0].clips[0]
 
     def velocity(inputs: ModelInput) -> Tensor:

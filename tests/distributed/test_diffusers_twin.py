@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from megavid.config.load import load_run
 from megavid.config.schema import RunConfig
 from megavid.diffusion.objective import FlowObjective
 from megavid.models.runner import build_engine, velocity_of
@@ -18,6 +20,7 @@ from megavid.parallel.engine import Engine
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.placement import placement_of
 from megavid.plan.layout import layout_of
+from megavid.plan.parameters import tensors
 from tests.support import diffusers_wan, tolerance
 from tests.support.ranks import RankPool
 from tests.support.tiny_world import packs_of, tiny_config
@@ -114,3 +117,23 @@ def test_bf16_models_keep_in_fp32_what_diffusers_keeps(pool: RankPool) -> None:
     assert {name for name in ours - kept if not name.endswith("_norm.weight")} == {
         "time_embedder.projection.weight", "time_embedder.projection.bias",
     }  # fmt: skip
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # config.json of the published models' transformers, where not the default
+    "wan_14b": {},
+    "wan21_i2v_14b": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "wan22_t2v_a14b_high": {},
+    "wan22_i2v_a14b_low": {"in_channels": 36},
+    "wan22_ti2v_5b": {
+        "in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_every_number_of_the_published_models(preset: str) -> None:
+    model = load_run(preset, []).model
+    with torch.device("meta"):
+        twin = WanTransformer3DModel(**{"text_dim": 4096, **PUBLISHED[preset]})
+    theirs = {diffusers_wan.name_in_model_space(name): p.numel() for name, p in twin.named_parameters()}
+    assert theirs == {tensor.name: tensor.numel for tensor in tensors(model)}

@@ -32,6 +32,8 @@ SMALL: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tp2 ep2 selective": ("wan_moe", 4, {"tensor": 2, "expert": 2, "recompute": "selective"}),
     "tp2 etp2 ep2": ("wan_moe", 4, {"tensor": 2, "expert_tensor": 2, "expert": 2}),
     "cp4 hybrid": ("wan_moe", 4, {"context": 4, "context_strategy": "hybrid", "expert": 4, "recompute": "full"}),
+    "tp2 pp2, image branch": ("wan", 4, {"tensor": 2, "pipeline": 2, "task": "i2v", "image": (10, 6, 6)}),
+    "tp2 cp2, known frames": ("wan", 4, {"tensor": 2, "context": 2, "task": "ti2v", "recompute": "selective"}),
     "tp2 cp2 pp2 ep4": ("wan_moe", 8, {"tensor": 2, "context": 2, "pipeline": 2, "expert": 4}),
 }
 

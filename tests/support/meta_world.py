@@ -207,8 +207,9 @@ def meta_rank(rank: int, world: int) -> Iterator[None]:
 def one_clip_packs(config: RunConfig, count: int, device: torch.device) -> LatentBatch:
     """A microbatch of ``count`` packs that one clip fills; its numbers do not matter."""
     model, tokens = config.model, config.data.pack_tokens
+    known = (0,) if model.task == "ti2v" else ()
     packs = tuple(
-        Pack((Clip(draw=number, sample=number, start=0, grid=(tokens // 6, 2, 3), frame_rate=4.0),), tokens)
+        Pack((Clip(number, number, 0, (tokens // 6, 2, 3), frame_rate=4.0, known=known),), tokens)
         for number in range(count)
     )
     latent, given = (channels * model.patch_volume for channels in (model.out_channels, model.in_channels))

@@ -94,5 +94,5 @@ def test_missing_folder_and_vocabulary_are_named(folder: Path, tmp_path: Path) -
 
 def test_synthetic_clips_need_a_model_of_at_most_64_channels() -> None:
     model = dataclasses.replace(SMALL, in_channels=80, out_channels=80)
-    with pytest.raises(ConfigError, match=r"model.in_channels = 80 must be 1 to 64"):
+    with pytest.raises(ConfigError, match=r"model.out_channels = 80 must be 1 to 64"):
         build_source(dataclasses.replace(synthetic(), model=model))

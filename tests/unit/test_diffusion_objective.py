@@ -1,5 +1,7 @@
 """Noising and loss: by clip alone, wherever it stands."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -149,3 +151,39 @@ def test_validation_noise_never_changes_and_its_levels_are_even():
     renumbered = ValidationObjective(seed=7).noise(batch, numbers=[5, 6])
     assert torch.equal(first.target_BTP, renumbered.target_BTP)
     assert not torch.equal(first.sigma_G, renumbered.sigma_G)
+
+
+def test_known_tokens_are_clean_at_level_0_and_no_loss_is_taken_of_them(objective):
+    still, moving = clip(4, 12, (1, 2, 2)), replace(clip(3, 0, (3, 2, 2)), known=(0, 2))
+    batch = batch_of((moving, still))
+    noised = objective.noise(batch)
+    known_T = noised.known_BT[0]
+    assert known_T.nonzero().flatten().tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert torch.equal(noised.input.patches_BTP[0][known_T], batch.clean_BTP[0][known_T])
+    # One row for each clip, and one more for the clip that has known tokens.
+    assert noised.input.timestep_R.tolist() == [*(1000 * noised.sigma_G).tolist(), 0.0]
+    assert noised.input.row_BT[0, :16].tolist() == [2] * 4 + [0] * 4 + [2] * 4 + [1] * 4
+    plain = objective.noise(batch_of((replace(moving, known=()), still)))
+    unknown_T = ~known_T
+    assert torch.equal(noised.input.patches_BTP[0][unknown_T], plain.input.patches_BTP[0][unknown_T])
+    velocity_BTP = torch.randn(1, 32, P, requires_grad=True)
+    losses = objective.loss(velocity_BTP, noised)
+    assert losses.elements_G.tolist() == [4 * P, 4 * P]
+    square_T = (velocity_BTP - noised.target_BTP).square().sum(-1)[0]
+    torch.testing.assert_close(losses.sum_G[0], square_T[4:8].sum())
+    losses.sum_G.sum().backward()
+    assert not velocity_BTP.grad[0][known_T].any()
+    for start, stop in ((0, 2), (2, 9), (9, 32)):
+        part = objective.noise(batch.part(Span(start, stop)))
+        assert torch.equal(part.known_BT, noised.known_BT[:, start:stop])
+        assert torch.equal(part.input.row_BT, noised.input.row_BT[:, start:stop])
+
+
+def test_what_is_known_in_channels_follows_the_noised_latents(objective):
+    batch = batch_of((clip(3, 0), clip(4, 12, (1, 2, 2))))
+    condition_BTP = torch.randn(1, 32, 5)
+    patches_BTP = objective.noise(replace(batch, condition_BTP=condition_BTP)).input.patches_BTP
+    assert torch.equal(patches_BTP[..., :P], objective.noise(batch).input.patches_BTP)
+    assert torch.equal(patches_BTP[..., P:], condition_BTP)
+    part = objective.noise(replace(batch, condition_BTP=condition_BTP).part(Span(5, 20)))
+    assert torch.equal(part.input.patches_BTP, patches_BTP[:, 5:20])

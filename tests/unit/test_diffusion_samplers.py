@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from megavid.diffusion.guidance import pack_prompts
-from megavid.diffusion.samplers import UniPCSolver, integrate, sample, sampler_levels
+from megavid.diffusion.guidance import PromptGiven, pack_prompts
+from megavid.diffusion.samplers import UniPCSolver, by_noise_level, integrate, sample, sampler_levels
 from megavid.diffusion.timesteps import sigma_schedule
 from megavid.errors import ConfigError
 from megavid.ops.packs import Span, clip_index
@@ -245,3 +245,54 @@ def test_clip_longer_than_a_pack_and_no_prompt_at_all_are_refused():
         prompts_of(1.0, pack_tokens=6)
     with pytest.raises(ConfigError, match="no prompt was given"):
         pack_prompts(TEXT_GLD[:0], EMPTY_LD, grids=[], frame_rate=4.0, pack_tokens=8, guidance=1.0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["euler", "unipc"])
+def test_known_tokens_stay_clean_and_the_model_is_told_so(kind, guidance):
+    clean_TP, condition_TP, image_LI = torch.randn(8, 2), torch.randn(8, 3), torch.randn(5, 4)
+    given = PromptGiven(known=(0,), clean_TP=clean_TP, condition_TP=condition_TP, image_LI=image_LI)
+    prompts = pack_prompts(
+        TEXT_GLD[2:], EMPTY_LD, grids=[(2, 2, 2)], frame_rate=4.0, pack_tokens=12, guidance=guidance, given=[given]
+    )
+    clips = prompts.packs_per_prompt
+    seen = []
+
+    def velocity_of(model_input):
+        seen.append(model_input)
+        return text_velocity(model_input)[..., :2] + model_input.patches_BTP[..., :2] + 1
+
+    for span in (Span(0, 12), Span(2, 7)):
+        part = prompts.within(span)
+        seen.clear()
+        clean_BTP = sample(velocity_of, part, part.start_noise(2, seed=3), sigma_schedule(5, shift=2.0), kind=kind)
+        known = slice(0, 4 - span.start)
+        for row in range(clips):
+            assert torch.equal(clean_BTP[row, known], clean_TP[span.start : 4])
+            assert not torch.isclose(clean_BTP[row, 4 - span.start], clean_TP[4]).any()
+            for model_input in seen:
+                assert torch.equal(model_input.patches_BTP[row, known, :2], clean_TP[span.start : 4])
+                upto = min(8, span.stop)
+                assert torch.equal(
+                    model_input.patches_BTP[row, : upto - span.start, 2:], condition_TP[span.start : upto]
+                )
+                assert (model_input.timestep_R[model_input.row_BT[row, known]] == 0).all()
+                assert (model_input.timestep_R[model_input.row_BT[row, 4 - span.start :]] > 0).all()
+                assert torch.equal(model_input.image_GLI[row], image_LI)
+        assert all(model_input.has_image_G.tolist() == [True] * clips for model_input in seen)
+
+
+def test_two_experts_share_the_steps_at_the_boundary_after_the_shift():
+    asked = {"high": [], "low": []}
+
+    def expert(name):
+        def velocity_of(model_input):
+            asked[name].append(float(model_input.timestep_R.max()))
+            return text_velocity(model_input)
+
+        return velocity_of
+
+    prompts, sigmas = prompts_of(1.0), (1.0, 0.95, 0.875, 0.8, 0.3, 0.0)
+    both = by_noise_level(expert("high"), expert("low"), 0.875)
+    sample(both, prompts, prompts.start_noise(2, seed=1), sigmas)
+    assert asked == {"high": [1000.0, 950.0, 875.0], "low": [pytest.approx(800.0), pytest.approx(300.0)]}

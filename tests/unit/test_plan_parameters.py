@@ -12,6 +12,9 @@ from megavid.plan.parameters import PARTS, count, count_rank, tensors
     [
         ("wan_1b", 1.42e9, 1.42e9),
         ("wan_14b", 14.29e9, 14.29e9),
+        ("wan21_i2v_14b", 16.39e9, 16.39e9),
+        ("wan22_i2v_a14b_low", 14.29e9, 14.29e9),
+        ("wan22_ti2v_5b", 5.00e9, 5.00e9),
         ("wan_moe_100b_a20b", 99.26e9, 19.97e9),
         ("wan_moe_30b_a3b", 30.4e9, 2.9e9),
         ("wan_moe_7b_a2b", 6.9e9, 2.4e9),
