@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from megavid import __version__
 from megavid.errors import ConfigError, MegavidError, StorageError
 
-COMMANDS = ("train", "sample", "plan", "profile", "prepare", "convert", "inspect", "doctor")
+COMMANDS = ("train", "sample", "plan", "profile", "prepare", "convert", "upcycle", "inspect", "doctor")
 """Every command, in the order of ``megavid --help``."""
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}

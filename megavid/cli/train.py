@@ -67,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
     device = local_device(request.ranks or 1)
     if request.ranks > 1:
         torch.set_num_threads(1)  # a pool of threads does not survive the fork of the ranks
-    check(config, request.out)
+    notices = check(config, request.out)
+    if env.is_main:
+        print("".join(f"{line}\n" for line in notices), end="")
     run_dir = RunDir(request.out)
     if env.world_size > 1:
         run_rank(config, layout, device, run_dir, None, request.resume_step, env)
@@ -110,20 +112,25 @@ def _default_of(argv: Sequence[str]) -> RunConfig | None:
     return load_run(argv[0], []) if argv and not argv[0].startswith("-") else None
 
 
-def check(config: RunConfig, out: Path) -> None:
+def check(config: RunConfig, out: Path) -> list[str]:
     """Everything that can be known before ranks start: the reports, the data set, the weights to start from.
+
+    Returns:
+        What the user should know of it.
 
     Raises:
         MegavidError: of the kind that fits.
     """
     from megavid.data.build import build_source
     from megavid.training.build import check_reports
-    from megavid.training.resume import check_init_from
+    from megavid.training.resume import check_init_from, told_differences
 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")
     check_reports(config)
     source = build_source(config)
+    notices = []
     if config.train.init_from and not (out / "checkpoints").exists():
-        check_init_from(config, source)
+        notices = told_differences(config, check_init_from(config, source))
     source.close()
+    return notices

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavid.cli.arguments import decimal_number, one_of, take_option, whole_number
+from megavid.cli.convert import size_of
 from megavid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ usage: megavid upcycle DENSE DST --experts N --top-k N --granularity N [options]
                      megavid.inference.MegavidTransformer3DModel loads
   --weights KIND     of a megavid checkpoint: ema or model; default: its moving average where it has one
   --dtype NAME       fp32, bf16 or fp16 matrices (default: as they are stored)
+  --max-shard-size S begin a new file beyond this (5GB)
 
 At step 0 the result computes exactly what the dense model does, for any top-k that is allowed; what would not is
 refused. It is written one part of a tensor at a time, with conversion.json beside the weights; the same command goes on
@@ -64,6 +66,7 @@ class Request:
     to: str
     weights: str
     dtype: str
+    max_shard_bytes: int
     command: str
 
 
@@ -85,13 +88,21 @@ def main(argv: Sequence[str]) -> int:
     result = upcycled(dense, request.how)
     counts, before = count(result.config), count(dense.config)
     print(
-        f"{dense.path} ({kind}): {before.total / 1e9:.2f} B parameters, dense; upcycled: {counts.total / 1e9:.2f} B, "
-        f"{counts.active / 1e9:.2f} B active, {request.how.copies} copies of the feed-forward"
+        f"{dense.path} ({kind}): {before.total:,} parameters; upcycled: {counts.total:,}, {counts.active:,} active, "
+        f"{request.how.copies} copies of the feed-forward"
     )
     dtype = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[request.dtype]
     size = sum(tensor.numel * (dtype or tensor.dtype).itemsize for tensor in result.tensors.values())
     with tqdm(total=size, desc="upcycling", unit="B", unit_scale=True) as bar:
-        write_model(result, request.dst, to=request.to, dtype=dtype, command=request.command, progress=bar.update)
+        write_model(
+            result,
+            request.dst,
+            to=request.to,
+            dtype=dtype,
+            max_shard_bytes=request.max_shard_bytes,
+            command=request.command,
+            progress=bar.update,
+        )
     print(f"wrote {request.dst}: {len(result.tensors)} tensors, {request.to}; hashes in conversion.json")
     if request.to == "megavid":
         print(f"next: megavid train {request.dst / 'run.toml'} --out DIR --train.init_from {request.dst}")
@@ -104,11 +115,12 @@ def parse(argv: Sequence[str]) -> Request:
     Raises:
         ConfigError: a missing, repeated or unknown argument, or a number that is none.
     """
+    from megavid.checkpoint.convert.target import MAX_SHARD_BYTES
     from megavid.checkpoint.upcycle import Upcycling
 
     rest = list(argv)
     names = (*COUNTS.values(), "--router", "--dense-first", "--dense-last", "--seed", "--noise", "--to", "--weights")
-    text = {name: take_option(rest, name) for name in (*names, "--dtype")}
+    text = {name: take_option(rest, name) for name in (*names, "--dtype", "--max-shard-size")}
     for item in rest:
         if item.startswith("-"):
             raise ConfigError(f"unknown argument {item}; `megavid upcycle --help` lists all")
@@ -136,6 +148,7 @@ def parse(argv: Sequence[str]) -> Request:
         to=one_of(text["--to"] or "megavid", "--to", ("megavid", "diffusers")),
         weights=text["--weights"] and one_of(text["--weights"], "--weights", ("ema", "model")),
         dtype=text["--dtype"] and one_of(text["--dtype"], "--dtype", ("fp32", "bf16", "fp16")),
+        max_shard_bytes=size_of(text["--max-shard-size"], "--max-shard-size", default=MAX_SHARD_BYTES),
         command=shlex.join(["megavid", "upcycle", *argv]),
     )
 

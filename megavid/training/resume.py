@@ -65,6 +65,15 @@ def check_init_from(config: RunConfig, source: ClipSource) -> Checkpoint:
     return checkpoint
 
 
+def told_differences(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
+    """A line for each key of the model that differs from the checkpoint of ``train.init_from`` and may."""
+    return [
+        f"train.init_from: {key} is {theirs!r} there, {mine!r} here ({INIT_MAY_DIFFER[key]})"
+        for key, theirs, mine in differences(config_of(checkpoint), config)
+        if key in INIT_MAY_DIFFER
+    ]
+
+
 def resume(engine: Engine[Any], folder: Path) -> tuple[TrainState, dict[str, Any]]:
     """Fill the engine from a checkpoint of this run; return the counters and the loader's state.
 
