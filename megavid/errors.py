@@ -41,6 +41,10 @@ class RankLost(MegavidError):
     exit_code = 5
 
 
+class Superseded(RankLost):
+    """A later start of the same run has taken over; this one must not write."""
+
+
 class StopRequested(MegavidError):
     """The run was asked to stop (a signal, the end of its time) after saving; it may be queued again."""
 

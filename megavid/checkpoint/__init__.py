@@ -4,6 +4,7 @@ The form on disk is in ``format``; a run saves through ``AsyncSaver`` and resume
 ``load(latest(folder), ...)``.
 """
 
+from megavid.checkpoint.fence import Fence
 from megavid.checkpoint.ranks import Ranks, SingleRank
 from megavid.checkpoint.read import Checkpoint, load, verify
 from megavid.checkpoint.retention import latest, list_steps, resolve, tidy
@@ -12,6 +13,7 @@ from megavid.checkpoint.saver import AsyncSaver, save
 __all__ = [
     "AsyncSaver",
     "Checkpoint",
+    "Fence",
     "Ranks",
     "SingleRank",
     "latest",

@@ -13,17 +13,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megavid.checkpoint.fence import Fence
 from megavid.checkpoint.files import storage_errors, sync_folder, write_file
 from megavid.checkpoint.format import (
     DIGEST,
     INDEX,
     MANIFEST,
-    PARTIAL,
     RUN,
     STATE,
     failed_file,
     part_file,
-    step_name,
+    partial_name,
 )
 from megavid.checkpoint.index import Index, check_cover
 from megavid.checkpoint.manifest import Manifest, decode, digest_text, versions_here
@@ -44,6 +44,7 @@ class Target:
         layout: how the ranks stand, for people.
         world_size: ranks that write.
         extra: more small files that belong to it, by name.
+        fence: this start's right to write.
     """
 
     checkpoints: Path
@@ -53,11 +54,12 @@ class Target:
     layout: str
     world_size: int
     extra: Mapping[str, bytes] = field(default_factory=dict)
+    fence: Fence = field(default_factory=Fence)
 
     @property
     def partial(self) -> Path:
-        """Where it is written."""
-        return self.checkpoints / (step_name(self.step) + PARTIAL)
+        """Where it is written: no two starts of a run write to the same place."""
+        return self.checkpoints / partial_name(self.step, self.fence.token)
 
 
 class CalledOffError(Exception):
@@ -129,6 +131,7 @@ def commit(target: Target, *, keep_last: int, keep_every: int, beat: Callable[[]
     Raises:
         CalledOffError: a rank failed.
         StorageError: the storage failed; the former checkpoint stands.
+        Superseded: another start of the run writes now; nothing of this save shows.
         CheckpointError: the ranks' boxes do not cover every tensor exactly once.
     """
     folder = target.partial
@@ -152,7 +155,8 @@ def commit(target: Target, *, keep_last: int, keep_every: int, beat: Callable[[]
             (folder / part_file(rank)).unlink()
         sync_folder(folder)
     beat()
-    publish(target.checkpoints, target.step)
+    publish(target.checkpoints, target.step, folder, target.fence)
+    target.fence.check()
     prune(target.checkpoints, newest=target.step, keep_last=keep_last, keep_every=keep_every)
 
 

@@ -16,6 +16,8 @@ from megavid.errors import CheckpointError, StorageError
 BLOCK = 8 << 20
 """Bytes hashed or written at a time: long enough that threads spend their time outside of Python."""
 
+ASIDE = ".new"  # what is written beside a file before it takes its name
+
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # FUSE and CIFS cannot fsync a folder
 
@@ -135,15 +137,26 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, *, token: str = "", check: Callable[[], None] = nothing) -> None:
     """Make ``text`` the content of ``path``: after a crash it is the former content or this one, never a mixture.
+
+    Args:
+        path: what to replace.
+        text: its new content.
+        token: goes into the name of the file that is written aside.
+        check: called between writing aside and replacing; may raise.
 
     Raises:
         StorageError: it could not be written; the former content stands.
     """
-    aside = path.with_name(path.name + ".new")
+    aside = path.with_name(f"{path.name}{token and '.'}{token}{ASIDE}")
     with storage_errors("write", path):
         aside.unlink(missing_ok=True)
         write_file(aside, [text.encode()])
+        try:
+            check()
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
         os.replace(aside, path)
         sync_folder(path.parent)

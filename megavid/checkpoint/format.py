@@ -78,6 +78,11 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def partial_name(step: int, token: str) -> str:
+    """Folder in which the start with ``token`` writes the checkpoint of ``step``."""
+    return f"{step_name(step)}{token and '.'}{token}{PARTIAL}"
+
+
 def step_of(name: str) -> int | None:
     """The step whose folder is called ``name``; None where it is no such name."""
     match = _STEP.fullmatch(name)

@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from megavid.errors import CheckpointError, MegavidError, StorageError
+from megavid.errors import CheckpointError, MegavidError, StorageError, Superseded
 
-_KINDS: dict[str, type[MegavidError]] = {"CheckpointError": CheckpointError, "StorageError": StorageError}
+_KINDS: dict[str, type[MegavidError]] = {
+    "CheckpointError": CheckpointError,
+    "StorageError": StorageError,
+    "Superseded": Superseded,
+}
 
 
 class Ranks(Protocol):

@@ -7,14 +7,19 @@ retention, and tidying what a killed run left. Only rank 0 changes anything here
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from megavid.checkpoint.files import reading, replace_text, storage_errors, sync_folder
+from megavid.checkpoint.fence import Fence
+from megavid.checkpoint.files import ASIDE, reading, replace_text, storage_errors, sync_folder
 from megavid.checkpoint.format import LATEST, MANIFEST, PARTIAL, REMOVED, REPLACED, step_name, step_of
 from megavid.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+STALE_S = 1.0
+"""How long a pointer that names nothing is read again: network file systems show old content for a moment."""
 
 
 def list_steps(checkpoints: Path) -> list[int]:
@@ -35,19 +40,31 @@ def latest(checkpoints: Path) -> Path | None:
     if not pointer.exists():  # a run that was killed between its first checkpoint and its first pointer
         steps = list_steps(checkpoints)
         return checkpoints / step_name(steps[-1]) if steps else None
-    with reading(pointer):
-        content = pointer.read_bytes()
+    deadline = time.monotonic() + STALE_S
+    while True:
+        with reading(pointer):
+            content = pointer.read_bytes()
+        name = content.decode("ascii", errors="replace").removesuffix("\n")
+        found = _folder_of(checkpoints, name) if step_of(name) is not None else None
+        if found is not None:
+            return found
+        if step_of(name) is None or time.monotonic() > deadline:
+            break
+        time.sleep(STALE_S / 10)  # an old pointer from a cache names a checkpoint that was deleted since
     there = ", ".join(step_name(step) for step in list_steps(checkpoints)) or "none"
-    name = content.decode("ascii", errors="replace").removesuffix("\n")
     if step_of(name) is None:
         raise CheckpointError(
             f"{pointer} holds {name[:40]!r}, expected the name of one of the checkpoints here: {there}; "
             "write one into it"
         )
+    raise CheckpointError(f"{pointer} names {name}, which is not here; there are: {there}; write one of them into it")
+
+
+def _folder_of(checkpoints: Path, name: str) -> Path | None:
     for folder in (checkpoints / name, checkpoints / (name + REPLACED)):  # the second: killed while saving a step again
         if (folder / MANIFEST).is_file():
             return folder
-    raise CheckpointError(f"{pointer} names {name}, which is not here; there are: {there}; write one of them into it")
+    return None
 
 
 def resolve(path: Path) -> Path:
@@ -100,7 +117,7 @@ def prune(checkpoints: Path, *, newest: int, keep_last: int, keep_every: int) ->
             log.warning("cannot delete the old checkpoint %s: %s", folder, error)
 
 
-def publish(checkpoints: Path, step: int) -> None:
+def publish(checkpoints: Path, step: int, partial: Path, fence: Fence) -> None:
     """Give a finished ``.partial`` its name and point ``latest`` to it.
 
     A process killed at any point of this leaves ``latest`` naming a whole checkpoint: the former one or
@@ -108,9 +125,11 @@ def publish(checkpoints: Path, step: int) -> None:
 
     Raises:
         StorageError: the former checkpoint stands.
+        Superseded: another start writes now; see ``Fence``.
     """
     final = checkpoints / step_name(step)
-    partial, replaced = checkpoints / (final.name + PARTIAL), checkpoints / (final.name + REPLACED)
+    replaced = checkpoints / (final.name + REPLACED)
+    fence.check()
     with storage_errors("rename", partial):
         if final.exists():  # saved again, after going back to an earlier step
             shutil.rmtree(replaced, ignore_errors=True)
@@ -122,7 +141,7 @@ def publish(checkpoints: Path, step: int) -> None:
                 os.rename(replaced, final)
             raise
         sync_folder(checkpoints)
-    replace_text(checkpoints / LATEST, final.name + "\n")
+    replace_text(checkpoints / LATEST, final.name + "\n", token=fence.token, check=fence.check)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -134,9 +153,11 @@ def tidy(checkpoints: Path) -> None:
     """
     with storage_errors("tidy", checkpoints):
         checkpoints.mkdir(parents=True, exist_ok=True)
-        (checkpoints / (LATEST + ".new")).unlink(missing_ok=True)
         for entry in sorted(checkpoints.iterdir()):
-            if step_of(entry.stem) is None or entry.suffix not in (PARTIAL, REMOVED, REPLACED):
+            name = entry.name.partition(".")[0]
+            if name == LATEST and entry.suffix == ASIDE:
+                entry.unlink()
+            if step_of(name) is None or entry.suffix not in (PARTIAL, REMOVED, REPLACED):
                 continue
             if entry.suffix == REPLACED and not entry.with_suffix("").exists():
                 os.rename(entry, entry.with_suffix(""))

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from megavid.checkpoint.commit import CalledOffError, Target, commit, tell_failure
+from megavid.checkpoint.fence import Fence
 from megavid.checkpoint.files import storage_errors
 from megavid.checkpoint.format import check_file_name, step_name
 from megavid.checkpoint.ranks import Ranks, agreed, packed, raise_first, unpacked
@@ -61,9 +62,17 @@ class _Save:
         except Exception as error:
             if not isinstance(error, MegavidError):
                 log.exception("writing %s", self.target.partial)
-            self._error = unpacked(packed(error) or [])
+            self._error = self._cause(unpacked(packed(error) or []))
             tell_failure(self.target, rank)
         self._is_done = True
+
+    def _cause(self, error: MegavidError) -> MegavidError:
+        """``error``, or that another start writes now: it has removed what this one was writing."""
+        try:
+            self.target.fence.check()
+        except MegavidError as deeper:
+            return deeper
+        return error
 
     def _beat(self) -> None:
         self._beat_at = time.monotonic()
@@ -118,6 +127,7 @@ class AsyncSaver:
         file_bytes: int = FILE_BYTES,
         stall_s: float = STALL_S,
         reread: bool = False,
+        fence: Fence | None = None,
     ) -> None:
         """Make the folder and remove what a killed run left unfinished in it.
 
@@ -132,6 +142,7 @@ class AsyncSaver:
             file_bytes: size at which a rank begins a new file.
             stall_s: seconds without a byte written after which a save has failed.
             reread: read every file back after writing it, past the page cache.
+            fence: this start's right to write; None where nothing can replace the caller.
 
         Raises:
             StorageError: the folder cannot be written to.
@@ -141,7 +152,7 @@ class AsyncSaver:
         """Seconds for which the last ``save`` held the step loop."""
         self._checkpoints, self._run, self._layout, self._file_bytes = checkpoints, run_toml, layout, file_bytes
         self._extra = {check_file_name(name, checkpoints): content for name, content in (extra or {}).items()}
-        self._staging = Staging()
+        self._staging, self._fence = Staging(), fence or Fence()
         self._save: _Save | None = None
         with agreed(ranks):
             if ranks.rank == 0:
@@ -158,6 +169,7 @@ class AsyncSaver:
 
         Raises:
             StorageError: the former save failed, or this one could not begin.
+            Superseded: another start of the run writes now.
             CheckpointError: a fragment cannot be saved.
         """
         began = time.monotonic()
@@ -172,9 +184,11 @@ class AsyncSaver:
                 layout=self._layout,
                 world_size=self.ranks.world_size,
                 extra=self._extra,
+                fence=self._fence,
             )
             views = self._staging.copy(plan)
             if self.ranks.rank == 0:
+                self._fence.check()
                 _make_anew(target.partial)
         self._save = _Save(target, self, plan, views)
         if not self.config.async_save:

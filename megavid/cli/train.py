@@ -9,22 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavid.cli.arguments import take_option, whole_number
+from megavid.cli.arguments import take_flag, take_option, whole_number
 from megavid.cli.quiet import silence_known_warnings
 from megavid.config.load import load_run, preset_names
 from megavid.config.schema import RunConfig
-from megavid.errors import ConfigError
+from megavid.errors import ConfigError, RankLost, Superseded
 from megavid.plan.layout import layout_of
 
 HELP = "train a preset or a TOML file; the same command on the same folder goes on where it stopped"
 
 USAGE = """\
-usage: megavid train PRESET_OR_TOML --out DIR [--ranks N] [--resume-step N] [--section.key VALUE ...]
+usage: megavid train PRESET_OR_TOML --out DIR [--ranks N] [--resume-step N] [--take-over] [--section.key VALUE ...]
 
   PRESET_OR_TOML   a preset ({presets}), or a file ending in .toml, such as DIR/run.toml
   --out DIR        the run's folder: run.toml, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, ...
   --ranks N        start N ranks on this machine (default 1; under torchrun or srun they are there already)
   --resume-step N  go on from the checkpoint of step N instead of the latest
+  --take-over      replace another start that still holds DIR, such as one on a lost node: it ends with status 5 and
+                   writes nothing more (a requeued Slurm job does so by itself)
 
 The same command on the same DIR goes on after the latest checkpoint, in any layout.
 """
@@ -38,6 +40,7 @@ class Request:
     out: Path
     ranks: int
     resume_step: int
+    takes_over: bool
     overrides: tuple[str, ...]
 
 
@@ -72,16 +75,34 @@ def main(argv: Sequence[str]) -> int:
         print("".join(f"{line}\n" for line in notices), end="")
     run_dir = RunDir(request.out)
     if env.world_size > 1:
-        run_rank(config, layout, device, run_dir, None, request.resume_step, env)
+        run_rank(config, layout, device, run_dir, None, request.resume_step, env, takes_over=request.takes_over)
         return 0
-    with RunLock(run_dir.path):
+    with RunLock(run_dir.path, takes_over=request.takes_over):
         start = run_dir.decide(config, resume_step=request.resume_step)
         if start.kind == "finished":
             print(start.finished_text(config, run_dir.path))
             return 0
         entry = functools.partial(run_rank, config, layout, device, run_dir, start, request.resume_step)
-        run_local_ranks(entry, num_ranks, device)
+        run_dir.fence = start.fence
+        try:
+            run_local_ranks(entry, num_ranks, device, epitaph=last_words)
+        except RankLost as error:
+            if not isinstance(error, Superseded):
+                run_dir.error(-1, error)  # a killed rank could not
+            raise
     return 0
+
+
+def last_words(pid: int) -> str:
+    """What a rank of this machine that was killed had last entered, for the error's line; "" where it left nothing."""
+    import platform
+    import time
+
+    from megavid.training.flight import read_slot, remove_slot
+
+    last = read_slot(pid)
+    remove_slot(pid)
+    return "" if last is None else f" on {platform.node()}, having last entered {last.text(time.time())}"
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -94,6 +115,7 @@ def parse(argv: Sequence[str]) -> Request:
     out = take_option(rest, "--out")
     ranks = take_option(rest, "--ranks")
     resume_step = take_option(rest, "--resume-step")
+    takes_over = take_flag(rest, "--take-over")
     if not rest or rest[0].startswith("-"):
         raise ConfigError(f"the first argument must be a preset ({', '.join(preset_names())}) or a .toml file")
     if not out:
@@ -103,6 +125,7 @@ def parse(argv: Sequence[str]) -> Request:
         out=Path(out),
         ranks=whole_number(ranks, "--ranks", default=0),
         resume_step=whole_number(resume_step, "--resume-step", default=0),
+        takes_over=takes_over,
         overrides=tuple(rest[1:]),
     )
 

@@ -23,6 +23,7 @@ MAY_CHANGE: dict[str, str] = {
     "data.queue_size": "how far the reader is ahead",
     "data.max_bad_samples": "a limit, not a number of the run",
     "checkpoint.*": "when and how to save",
+    "watchdog.*": "limits, not numbers of the run",
     "log.*": "what is reported",
 }
 """Keys (or patterns of keys) that may differ on resume, and why that leaves the run the same run."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 from megavid.config.checks import at_least, require
 from megavid.config.model import ModelConfig, MoEConfig
+from megavid.config.watchdog import WatchdogConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "PrecisionConfig",
     "RunConfig",
     "TrainConfig",
+    "WatchdogConfig",
     "require",
 ]
 
@@ -265,6 +267,9 @@ class LogConfig:
     """Steps between lines on the terminal (metrics.jsonl has every step)."""
     tensorboard: bool = True
     """Write TensorBoard files."""
+    prometheus: str = ""
+    """File for the textfile collector of Prometheus' node exporter (it must end in .prom), replaced every
+    log.interval_steps; empty for none."""
     validation_interval_steps: int = 0
     """Steps between validation losses on the held-out clips; 0 for none."""
     worst_samples: int = 0
@@ -277,6 +282,10 @@ class LogConfig:
     """Sampler steps of those grids."""
 
     def __post_init__(self) -> None:
+        require(
+            self.prometheus == "" or self.prometheus.endswith(".prom"),
+            f"log.prometheus = {self.prometheus!r} must end in .prom, the only files that the collector reads",
+        )
         at_least("log", 1, interval_steps=self.interval_steps, sample_steps=self.sample_steps)
         at_least(
             "log",
@@ -306,5 +315,7 @@ class RunConfig:
     """The data."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """Hung and slow ranks."""
     log: LogConfig = field(default_factory=LogConfig)
     """Reports."""

@@ -5,7 +5,6 @@ live in the launcher's process group, look to everything else like torchrun's, d
 that fails ends the others. Owns no mesh: axes and groups are ``megavid.parallel.mesh``'s.
 """
 
-import ctypes
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
@@ -29,6 +28,7 @@ import torch.distributed as dist
 from megavid import errors
 from megavid.errors import ConfigError, MegavidError, RankLost
 from megavid.parallel import cpu
+from megavid.parallel.parent import die_with_parent
 
 Device = Literal["cpu", "cuda"]
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -46,6 +46,7 @@ class RankEnv:
         local_rank: from 0, on this node; the index of its GPU.
         master_address: host where rank 0 meets the others.
         master_port: its port; 0 in a world of one.
+        tell: gives the launcher this rank's error before the rank ends itself; None where no launcher listens.
     """
 
     rank: int = 0
@@ -53,6 +54,7 @@ class RankEnv:
     local_rank: int = 0
     master_address: str = "127.0.0.1"
     master_port: int = 0
+    tell: Callable[[MegavidError], None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -191,7 +193,13 @@ class Failure:
     at_s: float
 
 
-def run_local_ranks(entry: Callable[[RankEnv], None], num_ranks: int, device: Device = "cpu") -> None:
+def run_local_ranks(
+    entry: Callable[[RankEnv], None],
+    num_ranks: int,
+    device: Device = "cpu",
+    *,
+    epitaph: Callable[[int], str] = lambda pid: "",
+) -> None:
     """Run ``entry`` on ``num_ranks`` ranks of this machine and return when all have ended well.
 
     On CPUs the ranks are forked: import what ``entry`` needs first, and start no threads. On GPUs they are spawned, so
@@ -203,6 +211,7 @@ def run_local_ranks(entry: Callable[[RankEnv], None], num_ranks: int, device: De
         entry: called with the rank's ``RankEnv``, which it gives to ``init_distributed``.
         num_ranks: at least 1.
         device: decides between fork and spawn.
+        epitaph: what is known of a killed rank by its pid, for the error's line.
 
     Raises:
         MegavidError: what the first failing rank raised, once.
@@ -233,7 +242,7 @@ def run_local_ranks(entry: Callable[[RankEnv], None], num_ranks: int, device: De
         finally:
             _end(ranks)
     if failures:
-        _raise_first(failures, passed_on)
+        _raise_first(failures, passed_on, {local.rank: epitaph(local.process.pid or 0) for local in ranks})
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +303,8 @@ def _rank_main(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
         torch.set_num_threads(_threads_of_rank(num_ranks))
         cpu.install()
-    env = RankEnv(rank, num_ranks, rank, "127.0.0.1", pipe.recv())
+    port, tell = pipe.recv(), lambda error: pipe.send(_failure_of(rank, error))
+    env = RankEnv(rank, num_ranks, rank, "127.0.0.1", port, tell)
     env.export()
     # torch's word for: the store at MASTER_PORT is the launcher's, rank 0 must not open another.
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
@@ -321,13 +331,17 @@ def _attempt(entry: Callable[[RankEnv], None], env: RankEnv) -> Failure | None:
     try:
         entry(env)
     except MegavidError as error:
-        return Failure(env.rank, type(error).__name__, error.exit_code, str(error), time.monotonic())
+        return _failure_of(env.rank, error)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return Failure(env.rank, "", code, f"exited: {stop.code}\n", time.monotonic()) if code else None
     except BaseException:
         return Failure(env.rank, "", 1, traceback.format_exc()[-LONGEST_TRACEBACK:], time.monotonic())
     return None
+
+
+def _failure_of(rank: int, error: MegavidError) -> Failure:
+    return Failure(rank, type(error).__name__, error.exit_code, str(error), time.monotonic())
 
 
 def _watch(ranks: list[_LocalRank]) -> list[Failure]:
@@ -359,7 +373,7 @@ def _end(ranks: list[_LocalRank]) -> None:
             local.process.join(max(0.0, deadline - time.monotonic()))
 
 
-def _raise_first(failures: list[Failure], passed_on: list[int]) -> None:
+def _raise_first(failures: list[Failure], passed_on: list[int], epitaphs: Mapping[int, str]) -> None:
     killed = [failure for failure in failures if failure.kind == "signal"]
     if passed_on and all(failure.exit_code in passed_on for failure in killed) and len(killed) == len(failures):
         raise SystemExit(128 + passed_on[0])
@@ -367,7 +381,7 @@ def _raise_first(failures: list[Failure], passed_on: list[int]) -> None:
     first = min(unasked or failures, key=lambda failure: failure.at_s)
     if first.kind == "signal":
         name = signal.Signals(first.exit_code).name
-        raise RankLost(f"rank {first.rank} was killed by {name}; the other ranks were ended")
+        raise RankLost(f"rank {first.rank} was killed by {name}{epitaphs[first.rank]}; the other ranks were ended")
     if first.kind:
         known = vars(errors).get(first.kind)
         if isinstance(known, type) and issubclass(known, MegavidError):
@@ -397,20 +411,3 @@ def _signals_passed_on(ranks: list[_LocalRank], passed_on: list[int]) -> Iterato
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have this process killed when the process ``parent``, which started it, ends in any way, kill -9 included."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # <linux/prctl.h>
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    else:
-        threading.Thread(target=_poll_parent, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(errors.RankLost.exit_code)
-
-
-def _poll_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)

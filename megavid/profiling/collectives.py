@@ -270,3 +270,6 @@ _READERS: dict[str, tuple[str, Callable[[Sequence[Any]], Iterator[_Found]]]] = {
     "barrier": ("barrier", _nothing),
 }
 """What each method of a process group does, and where its arguments name the tensors."""
+
+OPERATIONS = {name: operation for name, (operation, _) in _READERS.items()}
+"""What each method of a process group does, by its name."""

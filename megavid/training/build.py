@@ -3,6 +3,8 @@
 Owns the list. Callbacks that talk to other ranks stand on every rank, in the same order; the others on rank 0.
 """
 
+from pathlib import Path
+
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
 from megavid.training.callbacks import (
@@ -16,7 +18,9 @@ from megavid.training.callbacks import (
     Terminal,
     WorstSamples,
 )
+from megavid.training.prometheus import PrometheusFile
 from megavid.training.reports import LossPlot, PictureGrid, Validation
+from megavid.training.slow import SlowRanks
 
 
 def build_callbacks(run: Run) -> Callbacks:
@@ -29,6 +33,8 @@ def build_callbacks(run: Run) -> Callbacks:
             entries.append((RouterLog(), log.interval_steps))
         if log.tensorboard:
             entries.append((TensorBoard(), 1))
+        if log.prometheus:
+            entries.append((PrometheusFile(Path(log.prometheus)), log.interval_steps))
         entries.append((Terminal(), log.interval_steps))
     if log.validation_interval_steps:
         entries.append((Validation(), log.validation_interval_steps))
@@ -37,6 +43,8 @@ def build_callbacks(run: Run) -> Callbacks:
     if log.worst_samples:
         entries.append((WorstSamples(log.worst_samples), 1))
     entries.append((BadSamples(), 1))
+    if run.config.watchdog.slow_factor and run.mesh.world_size > 1:
+        entries.append((SlowRanks(), 1))
     if run.mesh.is_main:
         entries.append((LossPlot(), 1))
     return Callbacks(run, entries)
@@ -49,6 +57,8 @@ def check_reports(config: RunConfig) -> None:
         ConfigError: validation or held-out captions without held-out clips.
     """
     log = config.log
+    if log.prometheus and not Path(log.prometheus).parent.is_dir():
+        raise ConfigError(f"log.prometheus = {log.prometheus!r}: its folder does not exist; make it, or name another")
     if config.data.validation_samples:
         return
     if log.validation_interval_steps:

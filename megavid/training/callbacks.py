@@ -124,6 +124,10 @@ class MetricsLog(Callback):
         router = worst_figures(report.routing)
         self.file.write({**row, "router": router} if router else row)
 
+    def before_save(self, run: Run) -> None:
+        """Put the rows on the disk before the checkpoint that follows them."""
+        self.file.sync()
+
     def after_training(self, run: Run) -> None:
         """Close the file."""
         self.file.__exit__()

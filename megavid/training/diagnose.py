@@ -39,7 +39,10 @@ def first_bad_part(engine: Engine[Any], objective: Objective, microbatches: Sequ
         for handle in handles:
             handle.remove()
     everywhere: list[Place] = engine.mesh.all_gather_object(min(found))
-    return min(everywhere)[1]
+    first = min(everywhere)
+    seen_by = [rank for rank, place in enumerate(everywhere) if place == first]
+    # Ranks of one stage or replica see the same numbers: what a single one sees may be its machine's fault.
+    return first[1] + (f" on rank {seen_by[0]} alone" if len(seen_by) == 1 < engine.mesh.world_size else "")
 
 
 def _parts(chunk: Any) -> Iterator[tuple[int, str, nn.Module]]:

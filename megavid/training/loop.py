@@ -6,6 +6,7 @@ Owns the order of things. Every decision that ends or changes the run is taken b
 import math
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 from megavid.checkpoint import AsyncSaver
@@ -32,7 +33,14 @@ from megavid.training.step import StepReport, TrainStep
 from megavid.training.stop import StopSignal
 
 
-def train(config: RunConfig, mesh: Mesh, run_dir: RunDir, start: Start) -> TrainState:
+def train(
+    config: RunConfig,
+    mesh: Mesh,
+    run_dir: RunDir,
+    start: Start,
+    *,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> TrainState:
     """Train to ``config.train.steps``, or to ``train.stop_at_step``, and return the final state.
 
     Args:
@@ -40,10 +48,12 @@ def train(config: RunConfig, mesh: Mesh, run_dir: RunDir, start: Start) -> Train
         mesh: open, in the layout of the config.
         run_dir: where everything is written; this start holds its lock.
         start: what this start goes on from; not a finished run.
+        on_step: told of every step that is done.
 
     Raises:
         NumericalStop: too many steps in a row were not finite.
         StopRequested: a signal asked for it; everything is saved.
+        Superseded: another start of this run began; nothing more was written.
 
     Ranks: collective over the world.
     """
@@ -61,7 +71,7 @@ def train(config: RunConfig, mesh: Mesh, run_dir: RunDir, start: Start) -> Train
         )  # fmt: skip
         saver = AsyncSaver(
             run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
-            layout=mesh.layout.describe(), extra=kit.files(),
+            layout=mesh.layout.describe(), extra=kit.files(), fence=start.fence,
         )  # fmt: skip
         run = Run(config, mesh, engine, run_dir, state, loader, kit, known_peak(mesh.device))
         write_start(run, start)
@@ -71,6 +81,9 @@ def train(config: RunConfig, mesh: Mesh, run_dir: RunDir, start: Start) -> Train
                 waited_s = loader.waited_s
                 microbatches = next(loader)
                 report = take_step(state, microbatches, loader.waited_s - waited_s)
+                on_step(report.step)
+                if mesh.is_main:
+                    start.fence.check()  # before a row of this step is written
                 callbacks.after_step(report)
                 if not report.is_finite:
                     note_bad_step(run, report)

@@ -6,6 +6,7 @@ Knows no torch, so that tools can read it anywhere.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Self
@@ -15,6 +16,9 @@ from megavid.errors import DataError, StorageError
 
 def cut_after(file: Path, step: int) -> int:
     """Cut every row after ``step``, and a last row that was cut off mid-write; return the number of rows that stay.
+
+    The rows that stay go to a new file of the same name, so that a former start that is still alive, and has the old
+    one open, writes where nobody looks.
 
     Raises:
         DataError: a row in the middle of the file is not one that a run wrote.
@@ -34,9 +38,12 @@ def cut_after(file: Path, step: int) -> int:
         if row_step > step:
             break
         keep, rows = keep + len(line), rows + 1
-    if keep != len(content):
-        with file.open("r+b") as handle:
-            handle.truncate(keep)
+    aside = file.with_name(f".{file.name}.new")
+    with aside.open("wb") as handle:
+        handle.write(content[:keep])
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(aside, file)
     return rows
 
 
@@ -86,6 +93,17 @@ class MetricsFile:
         try:
             self._handle.write(row_text(row))
             self._handle.flush()
+        except OSError as error:
+            raise StorageError(f"cannot write {self.file}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Return once the rows are on the disk: a checkpoint must not outlive the rows before it.
+
+        Raises:
+            StorageError: the disk is full or gone.
+        """
+        try:
+            os.fsync(self._handle.fileno())
         except OSError as error:
             raise StorageError(f"cannot write {self.file}: {error.strerror}") from error
 

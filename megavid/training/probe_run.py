@@ -24,8 +24,9 @@ from megavid.diffusion.objective import FlowObjective
 from megavid.errors import MegavidError
 from megavid.models.runner import build_engine
 from megavid.ops.packs import Clip, LatentBatch, Pack
-from megavid.parallel.launch import RankEnv, die_with_parent, init_distributed, run_local_ranks
+from megavid.parallel.launch import RankEnv, init_distributed, run_local_ranks
 from megavid.parallel.mesh import Mesh
+from megavid.parallel.parent import die_with_parent
 from megavid.plan.calibration import Calibration, save_probe
 from megavid.plan.hardware import Hardware
 from megavid.plan.layout import Layout, layout_of, microbatches_of_step

@@ -4,19 +4,28 @@ Owns what has to be set up before a mesh, and who holds the lock of the run's fo
 """
 
 import contextlib
+import errno
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from megavid.checkpoint.ranks import agreed
 from megavid.config.schema import RunConfig
-from megavid.errors import ConfigError
+from megavid.errors import ConfigError, StopRequested, StorageError, Superseded
 from megavid.parallel.launch import Device, RankEnv, init_distributed
 from megavid.parallel.mesh import Mesh
 from megavid.plan.layout import Layout
+from megavid.profiling.collectives import names_of
+from megavid.training.flight import FlightRecorder
 from megavid.training.loop import train
 from megavid.training.run_dir import RunDir, RunLock, Start
+from megavid.training.watchdog import Watchdog
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+"""What an ``OSError`` of storage, not of a mistake, is called."""
+WAY_OUT = "free space or check the storage, then start again; checkpoints are intact"
 
 
 def run_rank(
@@ -27,6 +36,8 @@ def run_rank(
     start: Start | None,
     resume_step: int,
     env: RankEnv,
+    *,
+    takes_over: bool = False,
 ) -> None:
     """Train as one rank.
 
@@ -39,13 +50,15 @@ def run_rank(
             ranks: then rank 0 takes the lock and looks.
         resume_step: checkpoint asked for by number; 0 for the latest.
         env: who this rank is.
+        takes_over: replace another start that holds the folder; read where rank 0 takes the lock.
     """
     if config.train.deterministic and device == "cuda":
         set_deterministic()
     with contextlib.ExitStack() as stack:
         if start is None and env.is_main:
-            stack.enter_context(RunLock(run_dir.path))
-        init_distributed(env, device)
+            stack.enter_context(RunLock(run_dir.path, takes_over=takes_over))
+        # Longer than the watchdog's limits, which say who is to blame; a collective's own limit does not.
+        init_distributed(env, device, config.watchdog.longest_s + 60.0)
         stack.callback(dist.destroy_process_group)
         mesh = stack.enter_context(Mesh.open(layout, device, config.train.seed))
         if start is None:
@@ -57,7 +70,41 @@ def run_rank(
             if mesh.is_main:
                 print(start.finished_text(config, run_dir.path))
             return
-        train(config, mesh, run_dir, start)
+        recorder = stack.enter_context(FlightRecorder(names_of(mesh)))
+        run_dir.fence = start.fence
+        stack.enter_context(noting_errors(run_dir, env))
+        with (
+            Watchdog(config.watchdog, env, recorder, run_dir.hangs, start.fence.token, run_dir.error) as watchdog,
+            storage_faults(),
+        ):
+            train(config, mesh, run_dir, start, on_step=watchdog.beat)
+
+
+@contextlib.contextmanager
+def noting_errors(run_dir: RunDir, env: RankEnv) -> Iterator[None]:
+    """Note what ends this rank in errors.jsonl, by its time: the first row is of the rank that failed first."""
+    try:
+        yield
+    except (StopRequested, Superseded):  # no error; and a start that was replaced changes nothing
+        raise
+    except BaseException as error:
+        run_dir.error(env.rank, error)
+        raise
+
+
+@contextlib.contextmanager
+def storage_faults() -> Iterator[None]:
+    """Turn what a full or failing disk does to any file of a run into one line and status 3.
+
+    Raises:
+        StorageError: instead of the ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        raise StorageError(f"cannot write {error.filename or 'the run'}: {error.strerror}; {WAY_OUT}") from error
 
 
 def local_device(num_ranks: int) -> Device:

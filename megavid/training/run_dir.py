@@ -5,24 +5,31 @@ Owns run.toml, events.jsonl, ranks.json, the lock and the rules of starting agai
 any rank starts.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import platform
+import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
 from megavid import checkpoint
+from megavid.checkpoint.fence import Fence
 from megavid.checkpoint.format import step_name as checkpoint_name
 from megavid.config.load import dump_toml, load_run
 from megavid.config.resume import first_difference
 from megavid.config.schema import RunConfig
-from megavid.errors import CheckpointError, ConfigError, StorageError
+from megavid.errors import CheckpointError, ConfigError, MegavidError, StorageError
 from megavid.training.metrics import row_text
 
+ERROR_CHARACTERS = 8000
+"""Of a traceback that errors.jsonl keeps."""
 LOCK_WAIT_S = 10.0
 """How long a start waits for the lock: the ranks of a launcher that was killed need a moment to die."""
 
@@ -35,11 +42,13 @@ class Start:
         kind: a new run, one that goes on, or one that is already finished.
         step: last step of the checkpoint that it goes on from; 0 for a new run.
         checkpoint: that checkpoint; None for a new run.
+        fence: this start's right to write.
     """
 
     kind: Literal["new", "resume", "finished"]
     step: int
     checkpoint: Path | None
+    fence: Fence = field(default_factory=Fence)
 
     def finished_text(self, config: RunConfig, folder: Path) -> str:
         """What a start on a finished run says."""
@@ -60,6 +69,8 @@ class RunDir:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.pictures = path / "samples"
+        self.hangs = path / "hangs"
+        self.fence = Fence()
         self.loss_plot = path / "loss.png"
 
     def decide(self, config: RunConfig, *, resume_step: int = 0) -> Start:
@@ -78,18 +89,19 @@ class RunDir:
             refused = first_difference(self.config(), config)
             if refused is not None:
                 raise ConfigError(f"--out {self.path} holds a run of another config: {refused}; use another folder")
+        fence = Fence.put_up(self.path)  # before anything is changed or believed
         if self.checkpoints.is_dir():
             checkpoint.tidy(self.checkpoints)
         folder = self._checkpoint(resume_step)
         if folder is None:
-            return Start("new", 0, None)
+            return Start("new", 0, None, fence)
         try:
             step = checkpoint.Checkpoint(folder).step
         except CheckpointError as error:
             raise self.with_way_out(error) from error
         # Asked for by number, a run goes on from there even if it once got to its end.
         is_finished = step >= config.train.steps
-        return Start("finished" if is_finished else "resume", step, folder)
+        return Start("finished" if is_finished else "resume", step, folder, fence)
 
     def _checkpoint(self, resume_step: int) -> Path | None:
         if not resume_step:
@@ -123,10 +135,35 @@ class RunDir:
         write_whole(self.ranks_file, "[\n" + ",\n".join(json.dumps(row) for row in ranks) + "\n]\n")
 
     def event(self, name: str, **fields: object) -> None:
-        """Append one object to events.jsonl and flush it."""
+        """Append one object to events.jsonl and flush it.
+
+        Raises:
+            Superseded: another start writes now.
+        """
+        self.fence.check()
         row = {"event": name, **fields, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         with self.events_file.open("a", encoding="utf-8") as file:
             file.write(row_text(row))
+
+    def error(self, rank: int, error: BaseException) -> None:
+        """Append how a rank ended to errors.jsonl; a folder that cannot be written is no second error.
+
+        Args:
+            rank: whose; -1 for the launcher's word on ranks that could not speak.
+            error: one line is kept of a ``MegavidError``, the traceback of any other.
+        """
+        is_ours = isinstance(error, MegavidError)
+        text = str(error) if is_ours else "".join(traceback.format_exception(error))[-ERROR_CHARACTERS:]
+        row = {
+            "rank": rank, "host": platform.node(), "pid": os.getpid(), "kind": type(error).__name__, "message": text,
+            "at": time.time(), "start": self.fence.token,
+        }  # fmt: skip
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.path / "errors.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, row_text(row).encode())  # one call: rows of several ranks do not mix
+            finally:
+                os.close(descriptor)
 
     def events(self) -> list[dict[str, object]]:
         """All complete rows of events.jsonl."""
@@ -139,12 +176,20 @@ class RunDir:
 class RunLock:
     """Holds ``DIR/.lock`` as long as a start runs, so that two starts never write to one folder.
 
-    A POSIX ``flock``: it goes with the process, however that ends. Ranks forked by a launcher hold it with it.
+    A POSIX ``flock``: it goes with the process, however that ends. Ranks forked by a launcher hold it with it. Where
+    the holder is a former start of the same Slurm job, whose node was lost, or where the caller says so, the lock is
+    taken over: the holder keeps a file that is no longer there, and ``Fence`` keeps it from writing.
     """
 
-    def __init__(self, folder: Path, *, wait_s: float = LOCK_WAIT_S) -> None:
-        """Name the folder to lock; ``wait_s`` is how long to wait for another start to end."""
-        self.file, self.wait_s = folder / ".lock", wait_s
+    def __init__(self, folder: Path, *, wait_s: float = LOCK_WAIT_S, takes_over: bool = False) -> None:
+        """Name the folder to lock.
+
+        Args:
+            folder: the run's.
+            wait_s: how long to wait for another start to end.
+            takes_over: then take the lock from it.
+        """
+        self.file, self.wait_s, self.takes_over = folder / ".lock", wait_s, takes_over
         self._descriptor = -1
 
     def __enter__(self) -> Self:
@@ -166,13 +211,20 @@ class RunLock:
             if time.monotonic() > deadline:
                 holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
                 os.close(self._descriptor)
+                if self.takes_over or is_restart_of(holder, os.environ):
+                    self.file.unlink(missing_ok=True)
+                    self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+                    deadline, self.takes_over = time.monotonic() + self.wait_s, False
+                    continue
                 raise ConfigError(
                     f"--out {self.file.parent} is in use by another start ({holder or 'unknown'}); wait for it, "
-                    "stop it, or use another folder"
+                    "stop it, use another folder, or replace it with --take-over"
                 )
             time.sleep(0.1)
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        job, restart = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+        slurm = f", Slurm job {job} start {restart or 0}" if job else ""
+        os.pwrite(self._descriptor, f"pid {os.getpid()} on {os.uname().nodename}{slurm}\n".encode(), 0)
         return self
 
     def _try(self) -> bool:
@@ -189,6 +241,13 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         """Let the lock go."""
         os.close(self._descriptor)
+
+
+def is_restart_of(holder: str, environ: Mapping[str, str]) -> bool:
+    """Whether this process belongs to a later start of the Slurm job that ``holder``, a lock's text, names."""
+    match = re.search(r"Slurm job (\d+) start (\d+)$", holder)
+    job, restart = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "")
+    return match is not None and match[1] == job and restart.isdecimal() and int(restart) > int(match[2])
 
 
 def write_whole(file: Path, text: str) -> None:

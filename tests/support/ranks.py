@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from megavid.parallel import cpu, mcore
-from megavid.parallel.launch import die_with_parent
+from megavid.parallel.parent import die_with_parent
 
 SIZE = 8
 TIMEOUT_S = 120.0

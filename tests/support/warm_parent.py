@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+if __name__ == "__main__":  # run as a script, beside the package
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.support.faults import Fault, install
+
 MODULES = (
     "megavid.cli.main", "megavid.cli.train", "megavid.cli.profile", "megavid.training.run",
     "megavid.training.sample_run", "megavid.training.profile_report",
@@ -67,6 +72,7 @@ class WarmParent:
     def __init__(self, folder: Path) -> None:
         self.folder, self.commands = folder, list[Command]()
         self._started: list[int] = []
+        self._unread, self._ended = b"", dict[int, int]()
 
     def __enter__(self) -> Self:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -75,38 +81,47 @@ class WarmParent:
         )
         return self
 
-    def start(self, *argv: str, file_bytes: int = 0) -> Command:
+    def start(self, *argv: str, file_bytes: int = 0, fault: Fault | None = None) -> Command:
         """Start ``megavid ARGV``; ``file_bytes`` limits the size of its files (a full disk), 0 for no limit."""
         folder = self.folder / str(len(self.commands))
         folder.mkdir()
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"argv": argv, "folder": str(folder), "file_bytes": file_bytes}) + "\n")
+        request = {"argv": argv, "folder": str(folder), "file_bytes": file_bytes, "fault": fault and fault.to_json()}
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         while not self._started:
             self.look(60.0)
         command = Command(self._started.pop(), folder, self)
+        command.returncode = self._ended.pop(command.pid, None)  # it may have ended at once
         self.commands.append(command)
         return command
 
-    def run(self, *argv: str, file_bytes: int = 0) -> Command:
+    def run(self, *argv: str, file_bytes: int = 0, fault: Fault | None = None) -> Command:
         """Start it and wait for its end."""
-        command = self.start(*argv, file_bytes=file_bytes)
+        command = self.start(*argv, file_bytes=file_bytes, fault=fault)
         command.wait()
         return command
 
     def look(self, timeout_s: float) -> None:
         """Take in what the process says, waiting up to ``timeout_s`` for it."""
         assert self._process.stdout is not None
-        while select.select([self._process.stdout], [], [], timeout_s)[0]:
-            line = self._process.stdout.readline()
-            assert line, f"the warm parent ended with status {self._process.wait()}"
-            said = json.loads(line)
-            if "started" in said:
-                self._started.append(said["started"])
-            for command in self.commands:
-                if command.pid == said.get("ended"):
-                    command.returncode = said["status"]
+        source = self._process.stdout.fileno()  # read without a buffer, in which a second line would wait unseen
+        while select.select([source], [], [], timeout_s)[0]:
+            content = os.read(source, 1 << 16)
+            assert content, f"the warm parent ended with status {self._process.wait()}"
+            *lines, self._unread = (self._unread + content).split(b"\n")
+            for line in lines:
+                self._take(json.loads(line))
             timeout_s = 0.0
+
+    def _take(self, said: dict[str, int]) -> None:
+        if "started" in said:
+            self._started.append(said["started"])
+        if "ended" in said:
+            self._ended[said["ended"]] = said["status"]
+        for command in self.commands:
+            if command.returncode is None and command.pid in self._ended:
+                command.returncode = self._ended.pop(command.pid)
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
@@ -151,6 +166,8 @@ def _fork(request: dict[str, Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if request["file_bytes"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+        if request["fault"]:
+            install(request["fault"])
         from megavid.cli.main import main
 
         try:
