@@ -290,6 +290,8 @@ def _data(request: Request, config: RunConfig) -> int:
         width=clip.width,
         text_length=config.model.text_length,
         text_size=config.model.text_size,
+        latents_of_clip=2 if config.model.task == "i2v" else 1,
+        image_numbers=config.model.image_tokens * config.model.image_size,
         video_bytes=options["video-mb"] * 1e6,
         epochs=options["epochs"],
         months=options["months"],

@@ -114,6 +114,8 @@ class DataSet:
         width: pixels.
         text_length: text tokens of a caption (L).
         text_size: width of the text features.
+        latents_of_clip: latents kept of each clip: 2 where those of its known frames stand beside its own.
+        image_numbers: numbers of one clip's image features; 0 for none.
         video_bytes: bytes of one clip as compressed video.
         epochs: times that the run reads every clip.
         months: how long the data is kept.
@@ -127,6 +129,8 @@ class DataSet:
     width: int
     text_length: int
     text_size: int
+    latents_of_clip: int = 1
+    image_numbers: int = 0
     video_bytes: float = VIDEO_BYTES
     epochs: float = 1.0
     months: float = 1.0
@@ -142,6 +146,19 @@ class DataSet:
     def ids_bytes(self) -> int:
         """Bytes of one caption's token ids."""
         return self.text_length * ID_BYTES
+
+    def latent_numbers(self, tokenizer: Tokenizer) -> int:
+        """Numbers of one clip's latents, those of its known frames included."""
+        return tokenizer.latent_numbers(self.frames, self.height, self.width) * self.latents_of_clip
+
+    def sizes(self) -> dict[str, float]:
+        """Bytes of one clip in every form that may be stored: video, latents of every tokenizer and dtype, features."""
+        found: dict[str, float] = {"video": self.video_bytes}
+        for tokenizer in tokenizers():
+            numbers = self.latent_numbers(tokenizer)
+            found |= {latent_name(tokenizer, dtype): numbers * width for dtype, width in LATENT_BYTES.items()}
+        found |= {"text features bf16": self.features_bytes, "text ids": self.ids_bytes}
+        return found | ({"image features bf16": self.image_numbers * FEATURE_BYTES} if self.image_numbers else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,12 +226,7 @@ class ReadRate:
 
 
 def kinds(data: DataSet, store: Store) -> tuple[Kind, ...]:
-    """Everything that may be stored for these clips: video, latents of every tokenizer and dtype, text."""
-    sizes: list[tuple[str, float]] = [("video", data.video_bytes)]
-    for tokenizer in tokenizers():
-        numbers = tokenizer.latent_numbers(data.frames, data.height, data.width)
-        sizes += [(latent_name(tokenizer, dtype), numbers * width) for dtype, width in LATENT_BYTES.items()]
-    sizes += [("text features bf16", data.features_bytes), ("text ids", data.ids_bytes)]
+    """Everything that may be stored for these clips."""
     millions = data.clips / 1e6
     return tuple(
         Kind(
@@ -226,7 +238,7 @@ def kinds(data: DataSet, store: Store) -> tuple[Kind, ...]:
             read_epoch=store.get_per_million * millions,
             egress_epoch=store.egress_once(size * data.clips),
         )
-        for name, size in sizes
+        for name, size in data.sizes().items()
     )
 
 
@@ -238,10 +250,11 @@ def break_evens(data: DataSet, store: Store) -> tuple[BreakEven, ...]:
     """
     found = []
     for tokenizer in tokenizers():
-        seconds = data.encode_gpu_s or tokenizer.encode_s(data.frames, data.height, data.width)
+        once = tokenizer.encode_s(data.frames, data.height, data.width)
+        seconds = data.encode_gpu_s or once * data.latents_of_clip
         hours = seconds * data.clips / 3600
         cost = hours * (data.gpu_hour or gpu_hour(tokenizer.gpu).hour)
-        numbers = tokenizer.latent_numbers(data.frames, data.height, data.width)
+        numbers = data.latent_numbers(tokenizer)
         for dtype, width in LATENT_BYTES.items():
             stored = numbers * width * data.clips
             keep = store.storage_month(stored) * data.months + store.put_per_million * data.clips / 1e6
@@ -264,13 +277,8 @@ def read_rates(
         ranks: ranks of the job.
         replicas: data-parallel replicas; every rank of a replica reads all its clips.
     """
-    sizes: dict[str, float] = {"video": data.video_bytes}
-    for tokenizer in tokenizers():
-        numbers = tokenizer.latent_numbers(data.frames, data.height, data.width)
-        sizes |= {latent_name(tokenizer, dtype): numbers * width for dtype, width in LATENT_BYTES.items()}
-    sizes |= {"text features bf16": data.features_bytes, "text ids": data.ids_bytes}
     rates = []
-    for name, size in sizes.items():
+    for name, size in data.sizes().items():
         unique = size * clips_per_step / step_time_s
         rates.append(ReadRate(name, unique / replicas, unique / replicas * ranks, unique))
     return tuple(rates)

@@ -7,7 +7,8 @@ import pytest
 
 from megavid.config.schema import RunConfig
 from megavid.diffusion.objective import FlowObjective
-from megavid.models.runner import build_engine
+from megavid.models.runner import build_engine, velocity_of
+from megavid.ops.packs import clip_parts
 from megavid.parallel.mesh import Mesh
 from megavid.plan.layout import layout_of
 from megavid.training.model_step import train_step
@@ -56,3 +57,25 @@ def test_fine_tuning_does_not_depend_on_the_layout(pool: RankPool, variant: str,
     world, options = LAYOUTS[layout]
     for losses in pool.run(world, finetune, config_of(variant, **options), world):
         assert losses == pytest.approx(wanted(pool, variant), rel=tolerance.LOSS_FP32)
+
+
+def losses_of_clips(config: RunConfig) -> tuple[float, list[tuple[float, int]]]:
+    """Job: loss of a step, and squared error and numbers of each clip before it, known tokens left out by hand."""
+    with Mesh.open(layout_of(config, 1)) as mesh:
+        engine = build_engine(config, mesh)
+        fill(engine, diffusers_wan.in_model_space(diffusers_wan.tiny_diffusers(config.model), config.model))
+        batch, objective = microbatches(config, mesh, 0), FlowObjective(config.diffusion, 1)
+        found = []
+        for packs in batch:
+            noised = objective.noise(packs)
+            square_BTP = (velocity_of(engine, noised.input) - noised.target_BTP).square()
+            for part in clip_parts(packs.packs, packs.span):
+                first = len(part.clip.known) * part.clip.grid[1] * part.clip.grid[2]
+                kept = square_BTP[part.here][first:]
+                found.append((float(kept.sum()), kept.numel()))
+        return train_step(engine, batch, objective, learning_rate=RATE).loss, found
+
+
+def test_the_loss_is_the_mean_over_what_is_not_known(pool: RankPool) -> None:
+    ((loss, clips),) = pool.run(1, losses_of_clips, config_of("ti2v"))
+    assert loss == pytest.approx(sum(error for error, _ in clips) / sum(numbers for _, numbers in clips), rel=1e-5)

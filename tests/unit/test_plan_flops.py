@@ -66,7 +66,7 @@ def test_experts_count_active_rows() -> None:
     assert expert_rows(choice, [100, 7]) == 96 * (6 + 1)
 
 
-@pytest.mark.parametrize("preset", ["wan_14b", "wan_moe_7b_a2b"])
+@pytest.mark.parametrize("preset", ["wan_14b", "wan21_i2v_14b", "wan22_ti2v_5b", "wan_moe_7b_a2b"])
 def test_stages_add_up_to_the_model_and_what_ranks_do_alike(preset: str) -> None:
     flags = ["--parallel.pipeline", "2", "--parallel.tensor", "2", "--parallel.virtual_pipeline", "2"]
     config = load_run(preset, [*flags, "--parallel.expert", "1"])

@@ -31,6 +31,15 @@ def test_latents_are_channels_times_positions() -> None:
     assert sizes["text ids"] == 512 * 4
 
 
+def test_image_to_video_keeps_latents_twice_and_image_features() -> None:
+    plain, given = (replace(WAN, clips=1), replace(WAN, clips=1, latents_of_clip=2, image_numbers=257 * 1280))
+    assert by_name(given)["latents 8x8x4 bf16"] == 2 * by_name(plain)["latents 8x8x4 bf16"]
+    assert by_name(given)["image features bf16"] == 257 * 1280 * 2
+    assert "image features bf16" not in by_name(plain)
+    for one, two in zip(break_evens(plain, store("s3")), break_evens(given, store("s3")), strict=True):
+        assert two.encode_cost == 2 * one.encode_cost
+
+
 def test_an_image_has_one_latent_frame() -> None:
     assert [tokenizer.latent_numbers(1, 480, 832) for tokenizer in tokenizers()] == [
         16 * 60 * 104, 48 * 30 * 52, 16 * 60 * 104,

@@ -69,8 +69,10 @@ def test_mfu_is_model_flops_over_the_bf16_peak() -> None:
             "wan_moe_7b_a2b", 16, "--parallel.tensor", "2", "--parallel.expert", "4", "--parallel.expert_tensor", "2"
         ),
         planned("wan_moe_30b_a3b", 32, "--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"),
+        planned("wan21_i2v_14b", 16, "--parallel.pipeline", "2", "--parallel.context", "2", "--parallel.tensor", "2"),
+        planned("wan22_ti2v_5b", 8, "--parallel.tensor", "2", "--parallel.pipeline", "2"),
     ],
-    ids=["wan_1b", "tp-cp", "flagship", "etp", "vpp"],
+    ids=["wan_1b", "tp-cp", "flagship", "etp", "vpp", "image branch", "known frames"],
 )
 def test_products_are_the_flops_that_are_counted(plan: tuple[RunConfig, Layout, Workload]) -> None:
     config, layout, workload = plan
