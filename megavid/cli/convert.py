@@ -31,6 +31,8 @@ usage: megavid convert SRC DST --to diffusers|megavid|original [options]
   --dtype-of DIR     every tensor in the number format that it has in DIR, such as the model a run began with
   --ema              the moving average of the weights instead of the weights
   --max-shard-size S begin a new file beyond this (5GB)
+  --verify           run both models on seeded inputs before DST appears (needs memory for both, in fp32); fail if a
+                     block differs by more than rounding
   --optimizer        keep Adam's moments too (megavid to megavid)
   --pipeline DIR     copy VAE, text encoder, tokenizer and scheduler of the pipeline DIR, so that DST is one too
   --second SRC2      the low-noise expert beside SRC, the high-noise one (Wan 2.2 A14B)
@@ -41,7 +43,7 @@ An interrupted conversion goes on with the same command. Nothing is overwritten,
 Beside the weights lies conversion.json: SHA-256 of every tensor on both sides, checked when they are read again.
 
 Examples:
-  megavid convert Wan2.1-T2V-14B-Diffusers/transformer wan_14b --to megavid
+  megavid convert Wan2.1-T2V-14B-Diffusers/transformer wan_14b --to megavid --verify
   megavid train wan_14b --out runs/14b --train.init_from wan_14b --data.path SHARDS
   megavid convert runs/14b out --to diffusers --ema --dtype bf16 --pipeline Wan2.1-T2V-14B-Diffusers
   megavid convert runs/high out --to diffusers --second runs/low --boundary 0.875 --pipeline Wan2.2-T2V-A14B-Diffusers
@@ -61,19 +63,24 @@ def main(argv: Sequence[str]) -> int:
 
     from megavid.checkpoint.convert.job import ConvertJob
 
-    request = parse(argv)
+    request, verifies = parse(argv)
     job = ConvertJob.of(request)
     for line in job.left_behind():
         print(line)
     with tqdm(total=job.nbytes, desc="converting", unit="B", unit_scale=True) as bar:
-        job.run(progress=bar.update)
+        if verifies:
+            from megavid.cli.convert_verify import verify
+
+            job.run(progress=bar.update, check=verify)
+        else:
+            job.run(progress=bar.update)
     tensors = sum(len(source.tensors) for source in job.sources)
     print(f"wrote {request.dst}: {tensors} tensors, {job.nbytes:,} bytes, {request.to}; hashes in conversion.json")
     return 0
 
 
-def parse(argv: Sequence[str]) -> "ConvertRequest":
-    """The request in a command line.
+def parse(argv: Sequence[str]) -> "tuple[ConvertRequest, bool]":
+    """The request in a command line, and whether to verify it.
 
     Raises:
         ConfigError: a missing, repeated or unknown argument.
@@ -86,7 +93,7 @@ def parse(argv: Sequence[str]) -> "ConvertRequest":
     rest = list(argv)
     names = ("to", "dtype", "dtype-of", "max-shard-size", "pipeline", "second", "boundary")
     text = {name: take_option(rest, f"--{name}") for name in names}
-    use_ema, keep_optimizer = take_flag(rest, "--ema"), take_flag(rest, "--optimizer")
+    use_ema, keep_optimizer, verifies = (take_flag(rest, f"--{name}") for name in ("ema", "optimizer", "verify"))
     for item in rest:
         if item.startswith("-"):
             raise ConfigError(f"unknown argument {item}; `megavid convert --help` lists all")
@@ -97,7 +104,7 @@ def parse(argv: Sequence[str]) -> "ConvertRequest":
     dtypes = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if text["dtype"]:
         one_of(text["dtype"], "--dtype", DTYPES)
-    return ConvertRequest(
+    request = ConvertRequest(
         src=Path(rest[0]),
         dst=Path(rest[1]),
         to=one_of(text["to"], "--to", ("diffusers", "megavid", "original")),
@@ -111,6 +118,7 @@ def parse(argv: Sequence[str]) -> "ConvertRequest":
         second=text["second"],
         boundary=boundary_of(text["boundary"]),
     )
+    return request, verifies
 
 
 def boundary_of(text: str) -> float:

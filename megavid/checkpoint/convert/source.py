@@ -125,7 +125,7 @@ def open_model(path: Path, *, weights: str = "") -> ModelSource:
             f"{path} holds no {CONFIG} of a transformer and no megavid checkpoint ({MANIFEST}); "
             "give the folder that has one of them"
         )
-    return _open_checkpoint(resolve(path), weights or "model")
+    return open_checkpoint(resolve(path), weights or "model")
 
 
 def _open_folder(path: Path) -> ModelSource:
@@ -152,8 +152,8 @@ def _open_folder(path: Path) -> ModelSource:
     return ModelSource(run, tensors, path, layout, ledger, identity=_identity(path, ["*.safetensors", "*.json"]))
 
 
-def _open_checkpoint(folder: Path, weights: str) -> ModelSource:
-    """A megavid checkpoint."""
+def open_checkpoint(folder: Path, weights: str) -> ModelSource:
+    """The model in the folder of a megavid checkpoint, finished or not; raises as ``open_model``."""
     checkpoint = Checkpoint(folder)
     run = from_table(RunConfig, tomllib.loads(checkpoint.run_toml))
     saved = saved_tensors(checkpoint, OpenFiles())

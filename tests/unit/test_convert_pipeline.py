@@ -1,0 +1,152 @@
+"""Pipelines: two experts and their boundary, parts that are copied, and the inference class's names."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from megavid.checkpoint.convert import LazyTensor, open_model, write_model
+from megavid.checkpoint.convert.job import ConvertJob, ConvertRequest
+from megavid.checkpoint.convert.tables import INFERENCE, KEPT_FP32, expected_tensors, links, matches, to_model_space
+from megavid.errors import ConfigError
+from megavid.inference import MegavidTransformer3DModel
+from tests.support.inference_world import to_inference
+from tests.support.tiny_world import tiny_config
+from tests.support.wan_folders import assert_same_files, save_wan
+
+
+def make_base(folder: Path, **index: Any) -> Path:
+    """A pipeline's folder with two small parts; none of them is read."""
+    for part in ("vae", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    (folder / "vae" / "config.json").write_text("{}")
+    (folder / "vae" / "big.bin").write_bytes(os.urandom(100_000))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"flow_shift": 12.0}))
+    parts = {"vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"]}
+    fields = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"], **parts, **index}
+    (folder / "model_index.json").write_text(json.dumps(fields))
+    return folder
+
+
+def convert(src: Path, dst: Path, to: str, **options: Any) -> None:
+    ConvertJob.of(ConvertRequest(src, dst, to, command="convert", **options)).run()
+
+
+def test_two_experts_there_and_back_keep_their_boundary(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    save_wan(tmp_path / "high"), save_wan(tmp_path / "low", dtype=torch.bfloat16)
+    convert(
+        tmp_path / "high", tmp_path / "pipe", "diffusers", second=str(tmp_path / "low"), boundary=0.875, base=str(base)
+    )
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["boundary_ratio"] == 0.875
+    assert index["expand_timesteps"] is False
+    assert index["transformer_2"] == index["transformer"] == ["diffusers", "WanTransformer3DModel"]
+    assert (tmp_path / "pipe/vae/big.bin").read_bytes() == (base / "vae/big.bin").read_bytes()
+    assert_same_files(tmp_path / "pipe/transformer", tmp_path / "high")
+    assert_same_files(tmp_path / "pipe/transformer_2", tmp_path / "low")
+    WanTransformer3DModel.from_pretrained(tmp_path / "pipe", subfolder="transformer_2")
+
+    convert(tmp_path / "pipe", tmp_path / "runs", "megavid")
+    levels = [open_model(tmp_path / "runs" / name).run.diffusion for name in ("transformer", "transformer_2")]
+    assert [(level.sigma_min, level.sigma_max) for level in levels] == [(0.875, 1.0), (0.0, 0.875)]
+    assert [level.flow_shift for level in levels] == [12.0, 12.0]
+
+    convert(tmp_path / "runs", tmp_path / "original", "original")
+    convert(tmp_path / "original", tmp_path / "again", "diffusers", boundary=0.875)
+    assert_same_files(tmp_path / "again/transformer", tmp_path / "high")
+    assert_same_files(tmp_path / "again/transformer_2", tmp_path / "low")
+    # The levels that the checkpoints were given are enough to know the boundary.
+    high, low = (tmp_path / "runs" / name for name in ("transformer", "transformer_2"))
+    convert(high, tmp_path / "pair", "diffusers", second=str(low))
+    assert json.loads((tmp_path / "pair/model_index.json").read_text())["boundary_ratio"] == 0.875
+    with pytest.raises(ConfigError, match="SRC must be the high-noise expert"):
+        convert(low, tmp_path / "wrong", "diffusers", second=str(high), boundary=0.875)
+    with pytest.raises(ConfigError, match="is told twice"):
+        convert(high, tmp_path / "wrong", "diffusers", second=str(low), boundary=0.9)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_interrupted_pipeline_does_not_write_a_finished_expert_again(tmp_path: Path) -> None:
+    save_wan(tmp_path / "high"), save_wan(tmp_path / "low")
+    request = ConvertRequest(
+        tmp_path / "high", tmp_path / "pipe", "diffusers", "convert", second=str(tmp_path / "low"), boundary=0.9
+    )
+    job = ConvertJob.of(request)
+    done = 0
+
+    def stop(count: int) -> None:
+        nonlocal done
+        done += count
+        if done > 0.7 * job.nbytes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(progress=stop)
+    first = tmp_path / "pipe.partial/transformer"
+    before = {path.name: path.stat().st_mtime_ns for path in first.iterdir()}
+    ConvertJob.of(request).run()
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pipe/transformer").iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["high", "low", "pipe"]
+    assert sorted(os.listdir(tmp_path / "pipe")) == ["model_index.json", "transformer", "transformer_2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"second": "low"}, "--boundary X is missing"),
+        ({"boundary": 0.9}, "stands between two experts"),
+        ({"keep_optimizer": True}, "--optimizer goes from megavid to megavid only"),
+        ({"base": "nowhere"}, "--pipeline nowhere has no model_index.json"),
+        ({"dtype": torch.bfloat16, "dtype_of": "low"}, "exclude each other"),
+        ({"use_ema": True}, "has no moving average"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], match: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_wan(Path("high")), save_wan(Path("low"))
+    with pytest.raises(Exception, match=match):
+        convert(Path("high"), Path("dst"), "diffusers", **options)
+    assert sorted(os.listdir()) == ["high", "low"]
+
+
+def test_formats_of_another_folder_bring_a_trained_model_back_to_them(tmp_path: Path) -> None:
+    save_wan(tmp_path / "src", dtype=torch.bfloat16)
+    write_model(open_model(tmp_path / "src"), tmp_path / "wide", to="megavid", dtype=torch.float32)
+    convert(tmp_path / "wide", tmp_path / "dst", "diffusers", dtype_of=str(tmp_path / "src"))
+    assert_same_files(tmp_path / "dst", tmp_path / "src")
+
+
+def lazily(tensors: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:
+    """Tensors in memory, as if they had not been read."""
+
+    def lazy(name: str, tensor: torch.Tensor) -> LazyTensor:
+        flat = tensor.reshape(-1)
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda start, stop: flat[start:stop], name)
+
+    return {name: lazy(name, tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_inference_names_are_those_of_the_class(tmp_path: Path, activation: str) -> None:
+    model = tiny_config("wan_moe", moe={"activation": activation}).model
+    weights = {name: torch.randn(shape) for name, shape in expected_tensors(model).items()}
+    state = to_inference(weights, model)
+    for name, tensor in to_model_space(model, INFERENCE, lazily(state), "state").items():
+        assert torch.equal(tensor.read(), weights[name]), name
+    for link in links(model, INFERENCE):
+        assert torch.equal(link.from_model(lazily(weights)).read(), state[link.other]), link.other
+
+
+def test_fp32_list_is_what_the_served_class_keeps(tmp_path: Path) -> None:
+    model = tiny_config("wan_moe").model
+    kept = MegavidTransformer3DModel._keep_in_fp32_modules
+    for link in links(model, INFERENCE):
+        is_kept = any(part in link.other for part in kept)
+        assert matches(link.names[0], KEPT_FP32) == is_kept, link.other
