@@ -125,7 +125,9 @@ class ClipVisionEncoder:
             raise DataError(f"{folder} holds a model of type {config.get('model_type')!r}, not a CLIP vision model")
         try:
             # local_files_only: a misspelt folder must not turn into a download.
-            self._model: Any = transformers.CLIPVisionModel.from_pretrained(str(folder), local_files_only=True)
+            self._model: Any = transformers.CLIPVisionModel.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True
+            )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder} cannot be read as a CLIPVisionModel: {error}".splitlines()[0]) from error
         self._model.to(device).eval()

@@ -208,7 +208,9 @@ class Umt5Encoder:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 str(sibling if sibling.is_dir() else folder), local_files_only=True
             )
-            self._model: Any = model_class.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+            self._model: Any = model_class.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
+            )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder} cannot be read as a {kind}: {error}".splitlines()[0]) from error
         self._model.to(device).eval()

@@ -147,7 +147,7 @@ class Experts(nn.Module):
         return compute(rows_SD, tokens_per_expert, weights, gate_S)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _untraced_grouped_experts(rows_SD: Tensor, counts: Tensor, weights: ExpertWeights, gate_S: Tensor) -> Tensor:
     """``grouped_experts`` behind a graph break: torch 2.13 traces its grouped product in bf16 only."""
     return grouped_experts(rows_SD, counts, weights, gate_S)

@@ -44,6 +44,7 @@ class SampleRequest:
     guidance: float = 4.0
     seed: int = 0
     sampler: SamplerKind = "unipc"
+    negative: str = ""
     frames: int = 0
     height: int = 0
     width: int = 0
@@ -52,6 +53,8 @@ class SampleRequest:
     tokenizer: str = ""
     images: tuple[Path, ...] = ()
     image_encoder: str = ""
+    text_encoder: str = ""
+    shift: float = 0.0
     has_gif: bool = False
     has_sheet: bool = False
     ranks: int = 1
@@ -75,6 +78,12 @@ class SampleJob:
         Raises:
             MegavidError: of the kind that fits.
         """
+        for name, value in (("text-encoder", request.text_encoder), ("shift", request.shift)):
+            if value:
+                raise ConfigError(
+                    f"--{name} {value} is for the folder of a transformer; {request.checkpoint} is a training "
+                    "checkpoint, which brings its own"
+                )
         checkpoint = Checkpoint(resolve(request.checkpoint))
         trained = config_of(checkpoint)
         if request.weights == "ema" and not has_average(trained):
@@ -92,10 +101,7 @@ class SampleJob:
         kit.video_tokenizer(request.tokenizer)
         check_noise_range(trained, checkpoint.folder)
         check_pictures(request, trained.model, kit)
-        try:
-            request.out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"--out {request.out}: cannot make its folder: {error.strerror}") from error
+        make_folder(request.out)
         return cls(request, checkpoint, sampling_config(checkpoint, request.overrides, num_ranks), kit, size)
 
 
@@ -131,6 +137,18 @@ def check_pictures(request: SampleRequest, model: ModelConfig, kit: SamplingKit)
         )
     for file in request.images:
         read_image(file)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder that ``out`` goes to.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"--out {out}: cannot make its folder: {error.strerror}") from error
 
 
 def sampling_config(checkpoint: Checkpoint, overrides: Sequence[str], num_ranks: int) -> RunConfig:
@@ -169,7 +187,7 @@ def sample_rank(job: SampleJob, layout: Layout, device: Device, env: RankEnv) ->
         stack.callback(dist.destroy_process_group)
         mesh = stack.enter_context(Mesh.open(layout, device, request.seed))
         engine = load_engine(job.checkpoint, job.config, mesh, request.weights)
-        settings = SamplerSettings(request.steps, request.guidance, request.seed, request.sampler)
+        settings = SamplerSettings(request.steps, request.guidance, request.seed, request.sampler, request.negative)
         prompts = prompts_of(job)
         total = settings.steps * rounds(len(prompts), engine)
         with tqdm(total=total, desc="sampling", unit="step", disable=not mesh.is_main) as bar:

@@ -52,12 +52,14 @@ class SamplerSettings:
         guidance: factor on (conditional - unconditional); 1 for none.
         seed: of the start noise.
         kind: solver.
+        negative: what guidance leads away from; "" for the empty caption.
     """
 
     steps: int = 30
     guidance: float = 4.0
     seed: int = 0
     kind: SamplerKind = "unipc"
+    negative: str = ""
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def sample_latents(
         members = range(first, min(first + dp, len(prompts)))
         tokens = max(grid[0] * grid[1] * grid[2] for grid in (grids[number] for number in members))
         number = min(first + mine, len(prompts) - 1)
-        packs = prompt_packs(engine, kit, prompts[number], number, grids[number], tokens, settings.guidance)
+        packs = prompt_packs(engine, kit, prompts[number], number, grids[number], tokens, settings)
         clean_TP = _solve(engine, packs, settings, on_step)
         if first + mine < len(prompts):
             made[number] = unpatchify(clean_TP.float().cpu(), grids[number], model.patch_size)
@@ -125,45 +127,68 @@ def prompt_packs(
     number: int,
     grid: tuple[int, int, int],
     tokens: int,
-    guidance: float,
+    settings: SamplerSettings,
 ) -> PromptPacks:
     """One prompt in a pack (with guidance two) of the fewest tokens that hold a clip of ``tokens`` and fit the layout.
 
     States hold this rank's span of them.
     """
     mesh = engine.mesh
-    text_GLD = encode(kit.text_encoder, [prompt.text, ""]).to(mesh.device)
-    given = _given(engine.config.model, kit, prompt, mesh.device)
     unit = mesh.layout.tp * mesh.layout.cp
     pack_tokens = -(-tokens // unit) * unit
-    packs = pack_prompts(
-        text_GLD[:1],
-        text_GLD[1],
-        grids=[grid],
-        frame_rate=prompt.size.frame_rate / kit.tokenizer.temporal,
-        pack_tokens=pack_tokens,
-        guidance=guidance,
-        first_number=number,
-        given=[given],
-    )
-    return packs.within(mesh.token_span(pack_tokens))
+    prompting = Prompting(engine.config.model, kit.text_encoder, kit.tokenizer.temporal, mesh.device)
+    return prompting.packs(prompt, number, grid, pack_tokens, settings).within(mesh.token_span(pack_tokens))
 
 
-def _given(model: ModelConfig, kit: SamplingKit, prompt: Prompt, device: torch.device) -> PromptGiven:
-    """What the prompt gives beside its caption, on the model's device."""
-    if prompt.sample is None:
-        return PromptGiven()
-    given: Given = given_of(prompt.sample, model, kit.tokenizer.temporal)
+@dataclass(frozen=True)
+class Prompting:
+    """What a prompt's packs depend on beside the prompt.
 
-    def patches(latents_CFHW: Tensor | None) -> Tensor | None:
-        return None if latents_CFHW is None else patchify(latents_CFHW.float(), model.patch_size).to(device)
+    Attributes:
+        model: the model's shape.
+        text_encoder: reads prompts.
+        temporal: frames of video in a latent frame.
+        device: the model's.
+    """
 
-    return PromptGiven(
-        known=given.frames,
-        clean_TP=patches(prompt.sample.latents_CFHW) if given.frames else None,
-        condition_TP=patches(given.channels_CFHW),
-        image_LI=None if given.image_LI is None else given.image_LI.to(device),
-    )
+    model: ModelConfig
+    text_encoder: TextEncoder
+    temporal: int
+    device: torch.device
+
+    def packs(
+        self, prompt: Prompt, number: int, grid: tuple[int, int, int], pack_tokens: int, settings: SamplerSettings
+    ) -> PromptPacks:
+        """Prompt ``number`` in a pack (with guidance two) of ``pack_tokens`` tokens."""
+        text_GLD = encode(self.text_encoder, [prompt.text, settings.negative]).to(self.device)
+        return pack_prompts(
+            text_GLD[:1],
+            text_GLD[1],
+            grids=[grid],
+            frame_rate=prompt.size.frame_rate / self.temporal,
+            pack_tokens=pack_tokens,
+            guidance=settings.guidance,
+            first_number=number,
+            given=[self._given(prompt)],
+        )
+
+    def _given(self, prompt: Prompt) -> PromptGiven:
+        """What the prompt gives beside its caption, on the model's device."""
+        if prompt.sample is None:
+            return PromptGiven()
+        given: Given = given_of(prompt.sample, self.model, self.temporal)
+
+        def patches(latents_CFHW: Tensor | None) -> Tensor | None:
+            if latents_CFHW is None:
+                return None
+            return patchify(latents_CFHW.float(), self.model.patch_size).to(self.device)
+
+        return PromptGiven(
+            known=given.frames,
+            clean_TP=patches(prompt.sample.latents_CFHW) if given.frames else None,
+            condition_TP=patches(given.channels_CFHW),
+            image_LI=None if given.image_LI is None else given.image_LI.to(self.device),
+        )
 
 
 def pictured(

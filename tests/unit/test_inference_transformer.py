@@ -16,6 +16,7 @@ from megavid.errors import ConfigError
 from megavid.inference import MegavidTransformer3DModel
 from megavid.inference.fp8 import ABSOLUTE_ERROR, RELATIVE_ERROR, dequantize_rows, quantize_rows
 from tests.support.inference_world import call_of, with_moe
+from tools import inference_memory
 
 DENSE = with_moe("wan", absolute=False).model
 EXPERTS = with_moe(activation="swiglu").model
@@ -161,6 +162,17 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 def test_a_config_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         made(EXPERTS, **change)
+
+
+def test_a_dense_model_reads_nothing_of_experts() -> None:
+    """As megavid convert writes a dense model with absolute places: keys that say there are none."""
+    model = made(with_moe("wan").model, num_experts=0, top_k=1, expert_ffn_dim=1)
+    assert not any("experts" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("preset", ["wan_1b", "wan_moe_7b_a2b"])
+def test_memory_on_the_page_is_what_the_tool_adds_up(preset: str) -> None:
+    assert inference_memory.row(preset) in (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
 
 
 def test_calls_that_do_not_fit_the_model_are_refused_in_words() -> None:
