@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from megavid import __version__
 from megavid.errors import ConfigError, MegavidError, StorageError
 
-COMMANDS = ("train", "sample", "plan", "profile", "prepare", "convert", "upcycle", "inspect", "doctor")
+COMMANDS = (
+    "train", "sample", "plan", "profile", "prepare", "convert", "upcycle", "inspect", "status", "replay", "diff",
+    "doctor",
+)  # fmt: skip
 """Every command, in the order of ``megavid --help``."""
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -28,6 +31,7 @@ Examples:
   megavid sample runs/tiny/checkpoints/latest --prompt "a red circle" --out circle.mp4
   megavid convert runs/tiny tiny_inference --to diffusers --ema           weights for inference stacks, checked
   megavid profile tiny --out profiles/tiny --ranks 2 --parallel.expert 2  MFU, and where the time of a step goes
+  megavid status runs/tiny                          running, stopped, crashed or hung; step, ETA, last checkpoint
   torchrun --nproc-per-node 8 -m megavid train wan_moe_7b_a2b --out runs/7b --data.path SHARDS
 
 Exit status: 0 done; 2 bad input; 3 storage or machine fault; 4 numerical stop; 5 lost or hung rank;

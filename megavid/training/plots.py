@@ -61,6 +61,26 @@ def plot_runs(runs: Sequence[tuple[str, Sequence[Row]]], file: Path, *, title: s
     figure.savefig(file, dpi=140)
 
 
+def plot_restarts(rows: Sequence[Row], events: Sequence[Row], file: Path, *, title: str = "") -> None:
+    """Draw loss above and MFU below (TFLOP/s a rank where no peak is known) over the steps, every restart marked.
+
+    A restart is marked at the step that it went on from; the slow and the skipped steps around it are in the curves.
+    """
+    figure, (top, bottom) = _axes()
+    top.plot(*column(rows, "loss"), color=COLORS[0], linewidth=1.2)
+    name = "mfu" if column(rows, "mfu")[1] else "tflops_per_rank"
+    bottom.set_yscale("linear")
+    bottom.plot(*column(rows, name), color=COLORS[2], linewidth=1)
+    for event in events:
+        if event.get("event") == "resumed":
+            for axes in (top, bottom):
+                axes.axvline(int(str(event["step"])), color=COLORS[1], linewidth=0.8, linestyle=":")
+    _finish(figure, top, bottom, title)
+    bottom.set_ylabel("MFU" if name == "mfu" else "TFLOP/s a rank", color=INK)
+    bottom.set_ylim(bottom=0)
+    figure.savefig(file, dpi=140)
+
+
 def column(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of the rows that have a number under ``name``."""
     pairs = [(row["step"], row.get(name)) for row in rows]

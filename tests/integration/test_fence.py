@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,6 @@ from tests.support.tiny_run import TINY, is_running, wait_for_step
 from tests.support.warm_parent import Command, WarmParent
 
 STEPS = ("--train.global_batch_size", "2", "--train.steps", "5", "--checkpoint.interval_steps", "1")
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    """Where commands are forked from."""
-    with WarmParent(tmp_path_factory.mktemp("commands")) as parent:
-        yield parent
 
 
 def curve(out: Path) -> list[tuple[object, ...]]:

@@ -25,7 +25,8 @@ from tests.support.faults import Fault, install
 
 MODULES = (
     "megavid.cli.main", "megavid.cli.train", "megavid.cli.profile", "megavid.training.run",
-    "megavid.training.sample_run", "megavid.training.profile_report",
+    "megavid.training.sample_run", "megavid.training.profile_report", "megavid.training.replay",
+    "megavid.training.diff",
 )  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""``megavid replay DIR --step N``: take one recorded step of a run again, and compare.
+
+Owns the arguments. Finding and taking the step is ``megavid.training.replay``'s.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megavid.cli.arguments import take_option, whole_number
+from megavid.cli.quiet import silence_known_warnings
+from megavid.config.load import load_run
+from megavid.errors import ConfigError, NumericalStop
+from megavid.plan.layout import layout_of
+
+HELP = "take one recorded step of a run again, from the nearest checkpoint, and compare its loss"
+
+USAGE = """\
+usage: megavid replay DIR --step N [--ranks N] [--parallel.KEY VALUE ...]
+
+  DIR          a run's folder: --out of megavid train; nothing is written to it
+  --step N     a step that it has taken
+  --ranks N    ranks of this machine (default: as many as took the step then)
+
+Loads the last checkpoint before step N (none: the run begins anew), takes the steps up to N on the run's own samples
+and noise, and compares loss and gradient norm with the recorded ones: bit for bit in the layout of then, which is the
+default; to 1e-5 in another one (--ranks, --parallel.*). Exit status 0 if they agree, 4 if not.
+
+A step that does not repeat was hit by something outside of the run: a bad GPU or host, other data, other code.
+
+  megavid replay runs/7b --step 1200
+  megavid replay runs/7b --step 1200 --ranks 1 --parallel.tensor 1 --parallel.expert 1
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Replay; see ``USAGE``. Raises ``NumericalStop`` where the step comes out otherwise."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
+    rest = list(argv)
+    step = whole_number(take_option(rest, "--step"), "--step", default=0)
+    ranks = whole_number(take_option(rest, "--ranks"), "--ranks", default=0)
+    if not rest or rest[0].startswith("-") or not step:
+        raise ConfigError("replay needs a run's folder and --step N; see `megavid replay --help`")
+    folder, overrides = Path(rest[0]), rest[1:]
+    keys = [item for item in overrides if item.startswith("--") and not item.startswith("--parallel.")]
+    if keys:
+        raise ConfigError(f"replay: {keys[0]}: only --parallel.* may be given, the rest is the run's")
+    silence_known_warnings()
+    load_run(str(folder / "run.toml"), overrides)  # refuses a bad key before torch is imported
+
+    import torch
+
+    from megavid.parallel.launch import run_local_ranks
+    from megavid.training.replay import recorded, replay_rank
+    from megavid.training.run import local_device, set_deterministic
+
+    what = recorded(folder, step)
+    config = _with_overrides(what.config, overrides)
+    num_ranks = ranks or what.ranks
+    layout = layout_of(config, num_ranks)
+    device = local_device(num_ranks)
+    if num_ranks > 1:
+        torch.set_num_threads(1)  # a pool of threads does not survive the fork of the ranks
+    if config.train.deterministic and device == "cuda":
+        set_deterministic()
+    finish = functools.partial(_finish, what, layout.describe())
+    run_local_ranks(functools.partial(replay_rank, config, layout, device, what, finish), num_ranks, device)
+    return 0
+
+
+def _with_overrides(config: Any, overrides: Sequence[str]) -> Any:
+    import tempfile
+
+    from megavid.config.load import dump_toml
+
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "run.toml"
+        file.write_text(dump_toml(config))
+        return load_run(str(file), overrides)
+
+
+def _finish(what: Any, layout: str, reports: Sequence[Any]) -> None:
+    from megavid.training.replay import compare
+
+    is_good, lines = compare(what, reports[-1], layout)
+    print("\n".join(lines), flush=True)
+    if not is_good:
+        raise NumericalStop(f"step {what.step} comes out otherwise than it was recorded: {lines[2]}")

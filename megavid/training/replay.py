@@ -1,0 +1,174 @@
+"""Running recorded steps again: from the nearest checkpoint before, on any ranks of this machine, writing nothing.
+
+Owns finding where to begin, the layout that a step was recorded in, and the comparison with the recorded row.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megavid.checkpoint import Checkpoint, list_steps
+from megavid.checkpoint.format import step_name
+from megavid.config.schema import RunConfig
+from megavid.data.build import build_source, build_text_encoder
+from megavid.data.loader import Loader
+from megavid.diffusion.objective import FlowObjective
+from megavid.errors import DataError
+from megavid.models.runner import build_engine
+from megavid.parallel.launch import Device, RankEnv, init_distributed
+from megavid.parallel.mesh import Mesh
+from megavid.plan.layout import Layout
+from megavid.training.loop import load_or_initialize
+from megavid.training.metrics import read_rows
+from megavid.training.resume import config_of
+from megavid.training.run_dir import RunDir, Start
+from megavid.training.step import StepReport, TrainStep
+
+LAW = 1e-5
+"""Relative difference of a loss that another layout may make in fp32."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One step as the run recorded it.
+
+    Attributes:
+        step: its number.
+        loss: as written; None where it was not finite.
+        grad_norm: likewise.
+        layout: of the start that took it, as ``Layout.describe`` says it.
+        ranks: of that start.
+        config: of that start.
+        checkpoint: to begin from: the last one before the step; None to begin with the run.
+    """
+
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    layout: str
+    ranks: int
+    config: RunConfig
+    checkpoint: Path | None
+
+    @property
+    def first(self) -> int:
+        """The first step to take."""
+        return 1 if self.checkpoint is None else Checkpoint(self.checkpoint).step + 1
+
+
+def recorded(folder: Path, step: int) -> Recorded:
+    """Find a step of a run.
+
+    Raises:
+        ConfigError: no run is in ``folder``.
+        DataError: it has no such step.
+    """
+    run_dir = RunDir(folder)
+    config = run_dir.config()
+    row = next((row for row in read_rows(run_dir.metrics_file) if row["step"] == step), None)
+    if row is None:
+        raise DataError(f"{run_dir.metrics_file} has no step {step}; give one that the run has taken")
+    starts = [event for event in run_dir.events() if event["event"] in ("started", "resumed")]
+    took = [event for event in starts if _number(event["step"]) < step]
+    if not took:
+        raise DataError(f"{run_dir.events_file} names no start before step {step}")
+    steps = list_steps(run_dir.checkpoints)
+    before, after = [s for s in steps if s < step], [s for s in steps if s >= step]
+    if after:  # written by the start that took the step, or by a later one
+        saved = config_of(Checkpoint(run_dir.checkpoints / step_name(after[0])))
+        config = dataclasses.replace(saved, data=dataclasses.replace(saved.data, path=config.data.path))
+    checkpoint = run_dir.checkpoints / step_name(before[-1]) if before else None
+    loss, norm = (_figure(row[name]) for name in ("loss", "grad_norm"))
+    ranks = _number(took[-1]["ranks"])
+    return Recorded(step, loss, norm, str(took[-1]["layout"]), ranks, config, checkpoint)
+
+
+def _figure(value: object) -> float | None:
+    return value if isinstance(value, float) else None
+
+
+def _number(value: object) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def replay_rank(
+    config: RunConfig,
+    layout: Layout,
+    device: Device,
+    what: Recorded,
+    finish: Callable[[Sequence[StepReport]], None],
+    env: RankEnv,
+) -> None:
+    """Take the steps up to the recorded one as one rank; rank 0 gives their reports to ``finish``.
+
+    Args:
+        config: of the run, in the layout to replay it in.
+        layout: of the world that ``env`` names.
+        device: where tensors live.
+        what: the step.
+        finish: called on rank 0.
+        env: who this rank is.
+    """
+    with contextlib.ExitStack() as stack:
+        init_distributed(env, device, config.watchdog.longest_s + 60.0)
+        stack.callback(dist.destroy_process_group)
+        mesh = stack.enter_context(Mesh.open(layout, device, config.train.seed))
+        reports = take_steps(config, mesh, what)
+        if mesh.is_main:
+            finish(reports)
+
+
+def take_steps(
+    config: RunConfig, mesh: Mesh, what: Recorded, *, on_engine: Callable[[Any], None] = lambda engine: None
+) -> list[StepReport]:
+    """The reports of the steps from the checkpoint to the recorded one; the last is the recorded one's.
+
+    Args:
+        config: of the run.
+        mesh: open.
+        what: the step.
+        on_engine: called with the engine, its weights loaded.
+
+    Ranks: collective.
+    """
+    source = build_source(config)
+    engine = build_engine(config, mesh)
+    start = Start("new", 0, None) if what.checkpoint is None else Start("resume", what.first - 1, what.checkpoint)
+    state, loader_state = load_or_initialize(engine, config, source, RunDir(Path()), start)
+    on_engine(engine)
+    objective = FlowObjective(config.diffusion, config.train.seed)
+    take_step = TrainStep(config, engine, objective)
+    loader = Loader(
+        config, source, build_text_encoder(config), dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
+        start_step=state.step + 1, state=loader_state, drops_caption=objective.drops_caption,
+    )  # fmt: skip
+    with loader:
+        return [take_step(state, next(loader), 0.0) for _ in range(state.step, what.step)]
+
+
+def compare(what: Recorded, report: StepReport, layout: str) -> tuple[bool, list[str]]:
+    """Whether the step is the recorded one, bit for bit in its layout and by law 1 in another; and lines to print."""
+    is_same_layout = layout == what.layout
+    lines = [
+        f"step        {what.step}, from {what.checkpoint.name if what.checkpoint else 'the beginning of the run'}",
+        f"layout      {layout}" + ("" if is_same_layout else f"; the run's was {what.layout}"),
+    ]
+    is_good = True
+    for name, was, now in (("loss", what.loss, report.loss), ("grad_norm", what.grad_norm, report.grad_norm)):
+        if was is None:
+            verdict = "it was not finite then" + ("" if report.is_finite else ", and is not now")
+            is_good &= not report.is_finite
+        elif was == now:
+            verdict = "bitwise the recorded one"
+        else:
+            gap = abs(now - was) / abs(was)
+            verdict = f"recorded {was!r}: {gap:.1e} apart"
+            is_good &= not is_same_layout and gap <= (LAW if name == "loss" else 10 * LAW)
+        lines.append(f"{name:<11} {now!r}  {verdict}")
+    return is_good, lines
