@@ -42,7 +42,7 @@ class Report:
         return cls(fields["rank"], fields["step"], LastCall(**fields["last"]), near)
 
 
-def judge(reports: Mapping[int, Report], hosts: Mapping[int, str], now: float) -> str:
+def judge(reports: Mapping[int, Report], hosts: Mapping[int, str], now: float, *, is_deaf: bool = False) -> str:
     """The ranks that hold up the others, with host and last collective, as one line.
 
     In this order: ranks that do not speak (stopped, dead, or their machine is); ranks that stand outside of any
@@ -52,12 +52,13 @@ def judge(reports: Mapping[int, Report], hosts: Mapping[int, str], now: float) -
         reports: of the ranks that spoke.
         hosts: of every rank.
         now: seconds of the epoch.
+        is_deaf: the store through which ranks speak does not answer: rank 0 keeps it, where no launcher does.
     """
     known: dict[int, LastCall] = {}
     for report in reports.values():
         known.update(report.neighbours)
     known.update({rank: report.last for rank, report in reports.items()})
-    silent = sorted(hosts.keys() - reports.keys())
+    silent = [0] if is_deaf else sorted(hosts.keys() - reports.keys())
     if silent:
         return _line(silent, "does not answer", known, hosts, now)
     outside = sorted(rank for rank, report in reports.items() if not report.last.is_inside)

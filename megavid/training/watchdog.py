@@ -60,8 +60,7 @@ class Watchdog:
         self._is_first = True
         self._hosts: dict[int, tuple[str, int]] = {}
         self._store: Any = None
-        self._closed, self._speaking = threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._closed, self._alarmed, self._speaking = threading.Event(), threading.Event(), threading.Lock()
 
     def __enter__(self) -> Self:
         """Begin to watch; every rank of the world does so at the same point.
@@ -75,7 +74,9 @@ class Watchdog:
         here: list[Any] = [None] * self.env.world_size
         dist.all_gather_object(here, (platform.node(), os.getpid()))
         self._hosts = dict(enumerate(here))
-        self._thread.start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if self._store is not None:
+            threading.Thread(target=self._listen, name="watchdog-listener", daemon=True).start()
         return self
 
     def __exit__(
@@ -104,16 +105,16 @@ class Watchdog:
             name = "watchdog.first_step_s" if self._is_first else "watchdog.step_s"
             if time.monotonic() - moved > self.limit_s:
                 self._end(f"no progress for {self.limit_s:g} s ({name})")
-            elif self._is_alarmed():
+            elif self._alarmed.is_set():
                 self._end(f"no progress within {self.limit_s:g} s ({name}), or a rank was lost")
 
-    def _is_alarmed(self) -> bool:
-        if self._store is None:
-            return False
-        try:
-            return bool(self._store.check([f"{self._keys}/alarm"]))
-        except RuntimeError:  # the store is gone with the process that kept it: the step's own calls fail or hang too
-            return False
+    def _listen(self) -> None:
+        """Ask for the alarm; in a thread of its own, as a store whose process is stopped never answers."""
+        with suppress(RuntimeError):  # the store is gone with the process that kept it: the step's own calls fail too
+            while not self._closed.wait(TICK_S):
+                if self._store.check([f"{self._keys}/alarm"]):
+                    self._alarmed.set()
+                    return
 
     def _end(self, why: str) -> NoReturn:
         """Speak, and leave without waiting for the main thread: it may never come back."""
@@ -132,21 +133,26 @@ class Watchdog:
         """
         if not self._speaking.acquire(blocking=False):
             threading.Event().wait()
-        report = self._report()
-        folder = self.folder / f"step_{self.step:08d}"
+        report, reports = self._report(), dict[int, Report]()
+        folder, answered = self.folder / f"step_{self.step:08d}", threading.Event()
+        names = [folder.name]
+        # In threads of their own: the store's process or the storage may be what hangs.
+        talk = threading.Thread(target=self._talk, args=(report, reports, names, answered), daemon=True)
+        talk.start()
         if self._store is not None:
-            with suppress(RuntimeError):
-                folder = self.folder / self._store.compare_set(f"{self._keys}/alarm", "", folder.name).decode()
-        # In a thread of its own: the storage may be what hangs.
+            answered.wait(patience_s)
+        folder = self.folder / names[0]
         dump = threading.Thread(target=self._dump, args=(folder, why, report), daemon=True)
         dump.start()
         dump.join(patience_s)
-        reports = self._hear(report, patience_s)
+        talk.join(patience_s + 2 * TICK_S)
+        reports[report.rank] = report
         if self.env.is_main and self.env.world_size > 1:
             time.sleep(TICK_S)  # this process may keep the store that others still read
         hosts = {rank: host for rank, (host, _) in self._hosts.items()}
-        told = f"{judge(reports, hosts, time.time())}; {why}; stacks and last collectives of the others: {folder}"
-        return told, self.env.rank == min(reports)
+        is_deaf = self._store is not None and not answered.is_set()
+        told = judge(dict(reports), hosts, time.time(), is_deaf=is_deaf)
+        return f"{told}; {why}; stacks and last collectives of the others: {folder}", self.env.rank == min(reports)
 
     def _report(self) -> Report:
         host, _ = self._hosts[self.env.rank]
@@ -155,22 +161,22 @@ class Watchdog:
         neighbours = {rank: slot for rank, slot in slots.items() if slot is not None}
         return Report(self.env.rank, self.step, self.recorder.last(), neighbours)
 
-    def _hear(self, mine: Report, patience_s: float) -> dict[int, Report]:
-        """The reports of all ranks that speak in time."""
-        reports = {mine.rank: mine}
+    def _talk(self, mine: Report, reports: dict[int, Report], names: list[str], answered: threading.Event) -> None:
+        """Raise the alarm, say where this rank stands, and gather the words of all that speak in time."""
+        reports[mine.rank] = mine
         if self._store is None:
-            return reports
-        deadline = time.monotonic() + patience_s + TICK_S
+            return
         with suppress(RuntimeError):
-            self._store.set_timeout(timedelta(seconds=patience_s))
+            names[0] = self._store.compare_set(f"{self._keys}/alarm", "", names[0]).decode()
             self._store.set(f"{self._keys}/{mine.rank}", json.dumps(mine.to_json()))
+            answered.set()
+            deadline = time.monotonic() + GRACE_S + TICK_S
             while len(reports) < self.env.world_size and time.monotonic() < deadline:
                 for rank in range(self.env.world_size):
                     key = f"{self._keys}/{rank}"
                     if rank not in reports and self._store.check([key]):
                         reports[rank] = Report.from_json(json.loads(self._store.get(key)))
                 time.sleep(0.05)
-        return reports
 
     def _dump(self, folder: Path, why: str, report: Report) -> None:
         host, pid = self._hosts[self.env.rank]

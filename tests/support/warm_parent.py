@@ -82,12 +82,17 @@ class WarmParent:
         )
         return self
 
-    def start(self, *argv: str, file_bytes: int = 0, fault: Fault | None = None) -> Command:
+    def start(
+        self, *argv: str, file_bytes: int = 0, fault: Fault | None = None, environ: dict[str, str] | None = None
+    ) -> Command:
         """Start ``megavid ARGV``; ``file_bytes`` limits the size of its files (a full disk), 0 for no limit."""
         folder = self.folder / str(len(self.commands))
         folder.mkdir()
         assert self._process.stdin is not None
-        request = {"argv": argv, "folder": str(folder), "file_bytes": file_bytes, "fault": fault and fault.to_json()}
+        request = {
+            "argv": argv, "folder": str(folder), "file_bytes": file_bytes, "fault": fault and fault.to_json(),
+            "environ": environ or {},
+        }  # fmt: skip
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         while not self._started:
@@ -167,6 +172,7 @@ def _fork(request: dict[str, Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if request["file_bytes"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+        os.environ.update(request["environ"])
         if request["fault"]:
             install(request["fault"])
         from megavid.cli.main import main
