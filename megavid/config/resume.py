@@ -19,6 +19,8 @@ MAY_CHANGE: dict[str, str] = {
     "train.init_from": "a path, read by the first start only",
     "train.deterministic": "the same numbers, in a pinned order",
     "train.max_bad_steps": "a limit, not a number of the run",
+    "train.spike_factor": "a limit for steps to come; what it skips is counted and named",
+    "train.spike_window": "likewise",
     "data.path": "a path; the shards behind it are told apart by their own identity",
     "data.queue_size": "how far the reader is ahead",
     "data.max_bad_samples": "a limit, not a number of the run",

@@ -99,7 +99,12 @@ class TrainConfig:
     deterministic: bool = False
     """On CUDA: deterministic kernels, so that a resumed run is bitwise the same; CPU runs always are."""
     max_bad_steps: int = 10
-    """Steps in a row skipped for a loss or gradient that is not finite, before the run stops (status 4)."""
+    """Steps in a row skipped for a loss or gradient that is not finite, or a spike, before the run stops (status 4)."""
+    spike_factor: float = 0.0
+    """Skip the update of a step whose loss is above this many times the median of the last train.spike_window losses
+    that were not skipped; its samples are named in events.jsonl. 0 for never."""
+    spike_window: int = 50
+    """Losses of that median; until there are as many, nothing is skipped."""
 
     def __post_init__(self) -> None:
         at_least(
@@ -108,6 +113,11 @@ class TrainConfig:
             steps=self.steps,
             micro_batch_size=self.micro_batch_size,
             max_bad_steps=self.max_bad_steps,
+            spike_window=self.spike_window,
+        )
+        require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"train.spike_factor = {self.spike_factor} must be above 1, or 0 for never",
         )
         at_least("train", 0, stop_at_step=self.stop_at_step, seed=self.seed)
         require(
@@ -267,6 +277,8 @@ class LogConfig:
     """Steps between lines on the terminal (metrics.jsonl has every step)."""
     tensorboard: bool = True
     """Write TensorBoard files."""
+    wandb_project: str = ""
+    """Project of Weights & Biases that steps are sent to, where the package wandb is installed; empty for none."""
     prometheus: str = ""
     """File for the textfile collector of Prometheus' node exporter (it must end in .prom), replaced every
     log.interval_steps; empty for none."""

@@ -21,6 +21,7 @@ from megavid.training.callbacks import (
 from megavid.training.prometheus import PrometheusFile
 from megavid.training.reports import LossPlot, PictureGrid, Validation
 from megavid.training.slow import SlowRanks
+from megavid.training.wandb_log import WandbLog, check_wandb
 
 
 def build_callbacks(run: Run) -> Callbacks:
@@ -33,6 +34,8 @@ def build_callbacks(run: Run) -> Callbacks:
             entries.append((RouterLog(), log.interval_steps))
         if log.tensorboard:
             entries.append((TensorBoard(), 1))
+        if log.wandb_project:
+            entries.append((WandbLog(log.wandb_project), 1))
         if log.prometheus:
             entries.append((PrometheusFile(Path(log.prometheus)), log.interval_steps))
         entries.append((Terminal(), log.interval_steps))
@@ -57,6 +60,7 @@ def check_reports(config: RunConfig) -> None:
         ConfigError: validation or held-out captions without held-out clips.
     """
     log = config.log
+    check_wandb(log.wandb_project)
     if log.prometheus and not Path(log.prometheus).parent.is_dir():
         raise ConfigError(f"log.prometheus = {log.prometheus!r}: its folder does not exist; make it, or name another")
     if config.data.validation_samples:

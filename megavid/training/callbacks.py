@@ -168,6 +168,23 @@ class RouterLog(Callback):
         self.file.__exit__()
 
 
+def scalars_of(run: Run, report: StepReport) -> dict[str, float]:
+    """Every figure of a step by its name in TensorBoard; those that nobody measured are left out."""
+    scalars = {
+        "train/loss": report.loss,
+        "train/grad_norm": report.grad_norm,
+        "train/learning_rate": report.learning_rate,
+        "speed/step_time_s": report.step_time_s,
+        "speed/data_wait_s": report.data_wait_s,
+        "speed/tokens_per_s": report.tokens_per_s,
+    }
+    speed = speed_figures(report, run.mesh.world_size, run.peak)
+    scalars |= {f"speed/{name}": value for name, value in speed.items() if value is not None}
+    for layer, stats in report.routing.items():
+        scalars |= {f"router_{layer}/{name}": value for name, value in summary(stats).items()}
+    return scalars
+
+
 class TensorBoard(Callback):
     """The same figures for TensorBoard (rank 0)."""
 
@@ -177,19 +194,7 @@ class TensorBoard(Callback):
 
     def after_step(self, run: Run, report: StepReport) -> None:
         """Write the scalars."""
-        scalars = {
-            "train/loss": report.loss,
-            "train/grad_norm": report.grad_norm,
-            "train/learning_rate": report.learning_rate,
-            "speed/step_time_s": report.step_time_s,
-            "speed/data_wait_s": report.data_wait_s,
-            "speed/tokens_per_s": report.tokens_per_s,
-        }
-        speed = speed_figures(report, run.mesh.world_size, run.peak)
-        scalars |= {f"speed/{name}": value for name, value in speed.items() if value is not None}
-        for layer, stats in report.routing.items():
-            scalars |= {f"router_{layer}/{name}": value for name, value in summary(stats).items()}
-        for name, value in scalars.items():
+        for name, value in scalars_of(run, report).items():
             self.writer.add_scalar(name, value, report.step)
 
     def after_training(self, run: Run) -> None:
@@ -226,7 +231,7 @@ class Terminal(Callback):
 
 def line_of(run: Run, report: StepReport) -> str:
     """The terminal's line of a step."""
-    skipped = "" if report.is_finite else "  SKIPPED: not finite"
+    skipped = "" if report.is_finite else f"  SKIPPED: {report.culprit}"
     share = speed_figures(report, run.mesh.world_size, run.peak)["mfu"]
     mfu = "" if share is None else f"  MFU {share:.1%}"
     return (

@@ -180,10 +180,12 @@ def bad_samples(run: Run, report: StepReport) -> list[int]:
 def numerical_stop(run: Run, report: StepReport, origin: str) -> NumericalStop:
     """The error that ends a run after too many skipped steps in a row."""
     samples = bad_samples(run, report)
+    is_spike = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
+    why = report.culprit if is_spike else f"first not finite: {origin} ({report.culprit})"
     shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
     return NumericalStop(
-        f"step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}, first not finite: {origin} "
-        f"({report.culprit}), samples {shown}; {run.state.bad_in_a_row} steps in a row were skipped, the limit is "
+        f"step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}, {why}, "
+        f"samples {shown}; {run.state.bad_in_a_row} steps in a row were skipped, the limit is "
         f"train.max_bad_steps = {run.config.train.max_bad_steps}"
     )
 

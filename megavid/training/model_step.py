@@ -41,7 +41,7 @@ class StepMetrics:
         grad_norm: norm of the whole gradient before clipping.
         finite: False where the step was skipped.
         routing: statistics of each expert layer over the global batch.
-        culprit: where a step was skipped, what was not finite, as far as one can tell; else "".
+        culprit: where a step was skipped, what was not finite, as far as one can tell, or that it was a spike; else "".
     """
 
     loss: float
@@ -52,9 +52,17 @@ class StepMetrics:
 
 
 def train_step(
-    engine: "Engine[Any]", microbatches: Sequence[LatentBatch], objective: Objective, *, learning_rate: float
+    engine: "Engine[Any]",
+    microbatches: Sequence[LatentBatch],
+    objective: Objective,
+    *,
+    learning_rate: float,
+    loss_limit: float = math.inf,
 ) -> StepMetrics:
     """Take one optimizer step on this rank's ``microbatches`` of the global batch.
+
+    The update is left out, on all ranks alike, where the loss or the gradient's norm is not finite, or where the loss
+    is above ``loss_limit``.
 
     Ranks: collective; every rank of one model replica has the same microbatches, of which it moves only its own span
     of the tokens to the device.
@@ -90,14 +98,17 @@ def train_step(
     loss = _global_loss(engine, losses)
     norm = engine.updates.gradient_norm()
     finite = math.isfinite(loss) and math.isfinite(norm)
+    is_taken = finite and loss <= loss_limit
     routing = _global_routing(engine)
     culprit = ""
-    if finite:
+    if is_taken:
         engine.updates.step(learning_rate, norm)
         _update_router_bias(engine, routing)
+    elif finite:
+        culprit = f"a spike of the loss, above {loss_limit:.5g}"
     else:
         culprit = _find_culprit(engine)
-    return StepMetrics(loss, norm, finite, routing, culprit)
+    return StepMetrics(loss, norm, is_taken, routing, culprit)
 
 
 @in_region("statistics")

@@ -5,9 +5,11 @@ and of counters that follow from ``step``.
 """
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 
@@ -29,6 +31,7 @@ class TrainState:
         bad_in_a_row: of these, the last ones without a good step between.
         tokens: tokens of clips seen, padding left out.
         clips: clips seen.
+        losses: the last ``train.spike_window`` losses of steps that were not skipped: what a spike is told by.
     """
 
     step: int = 0
@@ -37,6 +40,13 @@ class TrainState:
     bad_in_a_row: int = 0
     tokens: int = 0
     clips: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def loss_limit(self, factor: float, window: int) -> float:
+        """The loss above which the next step is a spike; infinite while too few are known, or where ``factor`` is 0."""
+        if not factor or len(self.losses) < window:
+            return math.inf
+        return factor * statistics.median(self.losses[-window:])
 
     def to_json(self, *, seed: int, loader: Mapping[str, object]) -> dict[str, object]:
         """The whole of state.json.
@@ -62,10 +72,13 @@ class TrainState:
         """
         if table.get("format") != FORMAT:
             raise CheckpointError(f"state.json has format = {table.get('format')}, this megavid reads {FORMAT}")
-        counters = {}
-        for field in dataclasses.fields(cls):
-            value = table.get(field.name)
+        counters: dict[str, Any] = {}
+        for known in dataclasses.fields(cls):
+            value = table.get(known.name)
+            if known.name == "losses":  # checkpoints of before it was kept have none
+                counters[known.name] = [float(loss) for loss in value] if isinstance(value, list) else []
+                continue
             if not isinstance(value, int):
-                raise CheckpointError(f"state.json has {field.name} = {value!r}, which must be a whole number")
-            counters[field.name] = value
+                raise CheckpointError(f"state.json has {known.name} = {value!r}, which must be a whole number")
+            counters[known.name] = value
         return cls(**counters)

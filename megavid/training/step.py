@@ -140,9 +140,10 @@ class TrainStep:
         """
         step = state.step + 1
         rate = learning_rate(self.config.optimizer, step)
+        limit = state.loss_limit(self.config.train.spike_factor, self.config.train.spike_window)
         waited_s = 0.0 if self.waits is None else self.waits.total_s
         with self.waits or contextlib.nullcontext():
-            metrics = train_step(self.engine, microbatches, self.objective, learning_rate=rate)
+            metrics = train_step(self.engine, microbatches, self.objective, learning_rate=rate, loss_limit=limit)
             with region("statistics"):
                 counts = self._counts(microbatches)
                 routing = join_stages(self.config.model, self.mesh, metrics.routing)
@@ -151,6 +152,8 @@ class TrainStep:
         state.updates = self.engine.updates.updates
         state.skipped += not metrics.finite
         state.bad_in_a_row = 0 if metrics.finite else state.bad_in_a_row + 1
+        if metrics.finite:
+            state.losses = [*state.losses, metrics.loss][-self.config.train.spike_window :]
         state.tokens += counts.tokens
         state.clips += counts.clips
         began, self._ended = self._ended, time.perf_counter()

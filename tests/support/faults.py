@@ -40,6 +40,7 @@ class Fault:
 
     Attributes:
         kind: "kill", "stop" (SIGSTOP), "torn" (half of a write, then killed), "ENOSPC", "EIO", "EIO read", "stale",
+            "spike" (the latents of step ``at`` are 30 times too large),
             "slow" (every step takes ``seconds`` longer), "nan" (one weight of the rank after ``at`` steps), "none".
         rank: whom it befalls; -1 for the launcher.
         at: the change of the file system (or the step, or the read) at which it comes, from 1.
@@ -235,6 +236,9 @@ def _patch_steps(fault: Fault, layer: _Layer) -> None:
             time.sleep(fault.seconds)
         if layer.is_mine and fault.kind == "nan" and taken[0] == fault.at:
             next(iter(engine.parameters())).data.view(-1)[0] = float("nan")
+        if fault.kind == "spike" and taken[0] == fault.at:
+            for batch in args[0]:
+                batch.clean_BTP.mul_(30.0)
         if layer.is_mine and fault.kind in ("kill step", "stop step") and taken[0] == fault.at:
             os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill step" else signal.SIGSTOP)
         return original(engine, *args, **named)

@@ -12,6 +12,7 @@ from megavid.config.watchdog import WatchdogConfig
 from megavid.errors import ConfigError, RankLost
 from megavid.training.flight import FlightRecorder, LastCall, read_slot, remove_slots_of_the_dead, slot_of
 from megavid.training.slow import slow_ranks
+from megavid.training.state import TrainState
 from megavid.training.verdict import Report, judge
 from megavid.training.watchdog import is_lost_connection
 
@@ -127,3 +128,14 @@ def test_limits_that_make_no_sense_are_refused(fields: dict[str, float]) -> None
     with pytest.raises(ConfigError, match=f"watchdog.{next(iter(fields))}"):
         WatchdogConfig(**fields)  # type: ignore[arg-type]
     assert WatchdogConfig(step_s=0.0).longest_s == 86_400.0
+
+
+def test_spike_is_told_by_the_median_of_the_last_losses() -> None:
+    state = TrainState(losses=[1.0, 9.0, 2.0, 3.0, 4.0])
+    assert state.loss_limit(0.0, 3) == float("inf")
+    assert state.loss_limit(2.0, 6) == float("inf")
+    assert state.loss_limit(2.0, 3) == 6.0
+    table = state.to_json(seed=1, loader={})
+    assert TrainState.from_json(table) == state
+    del table["losses"]
+    assert TrainState.from_json(table).losses == []
