@@ -74,7 +74,7 @@ class RunDir:
         self.loss_plot = path / "loss.png"
 
     def decide(self, config: RunConfig, *, resume_step: int = 0) -> Start:
-        """Say what starting ``config`` here means; call it under the lock.
+        """Say what starting ``config`` here means, and make this start the one that may write; call it under the lock.
 
         Args:
             config: the resolved config of this start.

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ import torch.distributed as dist
 
 from megavid.config.watchdog import WatchdogConfig
 from megavid.errors import ConfigError, RankLost
+from megavid.parallel.launch import RankEnv
 from megavid.training.flight import FlightRecorder, LastCall, read_slot, remove_slots_of_the_dead, slot_of
 from megavid.training.slow import slow_ranks
 from megavid.training.state import TrainState
 from megavid.training.verdict import Report, judge
-from megavid.training.watchdog import is_lost_connection
+from megavid.training.watchdog import Watchdog, is_lost_connection
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
 
@@ -139,3 +141,19 @@ def test_spike_is_told_by_the_median_of_the_last_losses() -> None:
     assert TrainState.from_json(table) == state
     del table["losses"]
     assert TrainState.from_json(table).losses == []
+
+
+def test_the_first_step_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    config = WatchdogConfig(first_step_s=900.0, step_s=60.0)
+    watchdog = Watchdog(config, RankEnv(), FlightRecorder({}), tmp_path, "token", lambda rank, error: None)
+    assert watchdog.limit_s == 900.0
+    watchdog.beat(1)
+    assert watchdog.limit_s == 60.0
+    watchdog.config = WatchdogConfig(step_s=0.0)
+    assert watchdog.limit_s == float("inf")
+
+
+def test_rank_that_keeps_a_store_that_never_answers_is_named() -> None:
+    told = judge(reports(r1=call(9)), HOSTS, 101.0, is_deaf=True)
+    assert told.startswith("rank 0 on a does not answer; it last entered: unknown")
+    assert "rank 2" not in told
