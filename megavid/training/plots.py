@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter, StrMethodFormatter
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea")
@@ -71,13 +71,16 @@ def plot_restarts(rows: Sequence[Row], events: Sequence[Row], file: Path, *, tit
     name = "mfu" if column(rows, "mfu")[1] else "tflops_per_rank"
     bottom.set_yscale("linear")
     bottom.plot(*column(rows, name), color=COLORS[2], linewidth=1)
-    for event in events:
-        if event.get("event") == "resumed":
-            for axes in (top, bottom):
-                axes.axvline(int(str(event["step"])), color=COLORS[1], linewidth=0.8, linestyle=":")
+    restarts = [int(str(event["step"])) for event in events if event.get("event") == "resumed"]
+    for number, step in enumerate(restarts):
+        for axes in (top, bottom):
+            label = f"restarts ({len(restarts)})" if number == 0 else None
+            axes.axvline(step, color=COLORS[1], linewidth=1.0, linestyle=":", label=label)
     _finish(figure, top, bottom, title)
     bottom.set_ylabel("MFU" if name == "mfu" else "TFLOP/s a rank", color=INK)
     bottom.set_ylim(bottom=0)
+    bottom.yaxis.set_major_formatter(StrMethodFormatter("{x:.0%}" if name == "mfu" else "{x:g}"))
+    bottom.yaxis.set_minor_formatter(NullFormatter())
     figure.savefig(file, dpi=140)
 
 
