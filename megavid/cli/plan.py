@@ -123,26 +123,7 @@ def parse(argv: list[str]) -> Request:
         raise ConfigError(f"the first argument must be a preset ({', '.join(preset_names())}) or a .toml file")
     clips = round(decimal_number(take["data"], "--data", default=0, minimum=1)) if take["data"] else 0
     world_size = whole_number(take["world-size"], "--world-size", default=0)
-    if not world_size and not clips:
-        raise ConfigError("--world-size N is missing: the number of GPUs")
-    if not take["gpu"] and not take["calibration"] and world_size:
-        raise ConfigError(
-            f"--gpu GPU is missing: one of {', '.join(table())}; or --calibration FILE of a probe, whose machine it is"
-        )
-    for name in ("video-mb", "epochs", "months", "store", "encode-gpu-s", "gpu-hour"):
-        if take[name] and not clips:
-            raise ConfigError(f"--{name} {take[name]} is read with --data only; add --data CLIPS or leave it out")
-    for name in ("tokens", "headroom", "runners-up"):
-        if take[name] and clips:
-            raise ConfigError(f"--{name} {take[name]} is not read with --data; leave it out")
-    if flags["search"] and clips:
-        raise ConfigError("--search is not read with --data; search first, then pass the layout's keys with --data")
-    if take["gpu"] and not world_size:
-        raise ConfigError(f"--gpu {take['gpu']} is read with --world-size N only; add it or leave --gpu out")
-    if flags["summary"] and (flags["json"] or clips):
-        raise ConfigError("--summary shortens the text of a plan; leave it out with --json and --data")
-    if take["runners-up"] and not flags["search"]:
-        raise ConfigError(f"--runners-up {take['runners-up']} is read with --search only; leave it out")
+    _refuse_unread(take, flags, world_size=world_size, has_data=bool(clips))
     headroom = decimal_number(take["headroom"], "--headroom", default=_headroom(), minimum=0.0)
     if headroom >= 1:
         raise ConfigError(f"--headroom {take['headroom']} must be below 1: it is a share of the GPU's memory")
@@ -178,6 +159,37 @@ _OPTIONS = (
     "world-size", "gpu", "frames", "height", "width", "tokens", "calibration", "headroom", "mtbf-gpu-hours",
     "restart-minutes", "storage-gb-s", "runners-up", "data", "store", *_DATA_DEFAULTS,
 )  # fmt: skip
+_DATA_ONLY = (*_DATA_DEFAULTS, "store")
+_PLAN_ONLY = ("tokens", "headroom", "runners-up", "mtbf-gpu-hours", "restart-minutes", "storage-gb-s")
+
+
+def _refuse_unread(take: dict[str, str], flags: dict[str, bool], *, world_size: int, has_data: bool) -> None:
+    """Refuse what is missing, and what this command would not read.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    if not world_size and not has_data:
+        raise ConfigError("--world-size N is missing: the number of GPUs")
+    if not take["gpu"] and not take["calibration"] and world_size:
+        raise ConfigError(
+            f"--gpu GPU is missing: one of {', '.join(table())}; or --calibration FILE of a probe, whose machine it is"
+        )
+    for name in () if has_data else _DATA_ONLY:
+        if take[name]:
+            raise ConfigError(f"--{name} {take[name]} is read with --data only; add --data CLIPS or leave it out")
+    for name in _PLAN_ONLY if has_data else ():
+        if take[name]:
+            raise ConfigError(f"--{name} {take[name]} is not read with --data; leave it out")
+    for name in () if world_size else ("gpu", "calibration"):
+        if take[name]:
+            raise ConfigError(f"--{name} {take[name]} is read with --world-size N only; add it or leave --{name} out")
+    if flags["search"] and has_data:
+        raise ConfigError("--search is not read with --data; search first, then pass the layout's keys with --data")
+    if flags["summary"] and (flags["json"] or has_data):
+        raise ConfigError("--summary shortens the text of a plan; leave it out with --json and --data")
+    if take["runners-up"] and not flags["search"]:
+        raise ConfigError(f"--runners-up {take['runners-up']} is read with --search only; leave it out")
 
 
 def _faults(take: dict[str, str]) -> Faults:
@@ -185,6 +197,8 @@ def _faults(take: dict[str, str]) -> Faults:
     hours = decimal_number(take["mtbf-gpu-hours"], "--mtbf-gpu-hours", default=usual.mtbf_gpu_hours, minimum=0.0)
     minutes = decimal_number(take["restart-minutes"], "--restart-minutes", default=usual.restart_s / 60, minimum=0.0)
     storage = decimal_number(take["storage-gb-s"], "--storage-gb-s", default=0.0, minimum=0.0)
+    if take["storage-gb-s"] and storage == 0:
+        raise ConfigError("--storage-gb-s 0 must be above 0: a checkpoint would never be whole")
     return replace(usual, mtbf_gpu_hours=hours, restart_s=minutes * 60, storage_rate=storage * 1e9)
 
 
@@ -305,7 +319,7 @@ def _data(request: Request, config: RunConfig) -> int:
 
         gpu = _machine(request)
         workload = workload_of_clip(config, clip.frames, clip.height, clip.width)
-        answer = plan_run(config, request.world_size, gpu, workload, _calibration(request, gpu), faults=request.faults)
+        answer = plan_run(config, request.world_size, gpu, workload, _calibration(request, gpu))
     prices = store(request.store)
     _print(data_json(data, prices, answer) if request.is_json else data_text(data, prices, answer))
     return 0

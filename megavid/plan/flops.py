@@ -115,20 +115,6 @@ def stage_flops(
     return total
 
 
-def stage_recompute_flops(
-    model: ModelConfig, layout: Layout, pp_rank: int, clip_tokens: Sequence[int], recompute: str, *, padding: int = 0
-) -> Flops:
-    """What the backward pass of one pipeline stage computes again, summed as in ``stage_flops``."""
-    if recompute == "none":
-        return Flops({})
-    total = Flops({})
-    for chunk in range(layout.vpp):
-        for layer in layers_of_chunk(model, layout, pp_rank, chunk):
-            total += block_flops(model, clip_tokens, is_moe=model.is_moe_layer(layer), padding=padding)
-            total += Flops({"projections": float(_prompt_projections(model, len(clip_tokens)))}) * (layout.cp - 1)
-    return total if recompute == "full" else _without_self_attention(total)
-
-
 # Parts of a forward pass
 
 

@@ -88,8 +88,3 @@ def hardware(name: str) -> Hardware:
     known = table()
     require(name in known, f"unknown hardware '{name}'; known: {', '.join(sorted(known))}; pass one as --gpu")
     return known[name]
-
-
-def hardware_names() -> tuple[str, ...]:
-    """Machines of the table."""
-    return tuple(sorted(table()))
