@@ -6,7 +6,7 @@ under two seconds.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
 from megavid.plan.goodput import Faults
 from megavid.plan.hardware import Hardware, hardware, table
+from megavid.plan.job import HEADROOM, Job
 from megavid.plan.storage import DataSet
 
 HELP = "what a run needs and takes (memory, traffic, time, money), and the best layout; no GPU, no torch"
@@ -124,7 +125,7 @@ def parse(argv: list[str]) -> Request:
     clips = round(decimal_number(take["data"], "--data", default=0, minimum=1)) if take["data"] else 0
     world_size = whole_number(take["world-size"], "--world-size", default=0)
     _refuse_unread(take, flags, world_size=world_size, has_data=bool(clips))
-    headroom = decimal_number(take["headroom"], "--headroom", default=_headroom(), minimum=0.0)
+    headroom = decimal_number(take["headroom"], "--headroom", default=HEADROOM, minimum=0.0)
     if headroom >= 1:
         raise ConfigError(f"--headroom {take['headroom']} must be below 1: it is a share of the GPU's memory")
     return Request(
@@ -202,12 +203,6 @@ def _faults(take: dict[str, str]) -> Faults:
     return replace(usual, mtbf_gpu_hours=hours, restart_s=minutes * 60, storage_rate=storage * 1e9)
 
 
-def _headroom() -> float:
-    from megavid.plan.answer import HEADROOM
-
-    return HEADROOM
-
-
 def _usage() -> str:
     from megavid.plan.goodput import LLAMA3_GPUS, LLAMA3_STORAGE_RATE
     from megavid.plan.storage import VIDEO_BYTES, store_names
@@ -216,7 +211,7 @@ def _usage() -> str:
     return USAGE.format(
         presets="".join(f"\n{'':24}{name}" for name in preset_names()),
         gpus=", ".join(table()),
-        headroom=_headroom(),
+        headroom=HEADROOM,
         mtbf=usual.mtbf_gpu_hours,
         restart=usual.restart_s / 60,
         write=LLAMA3_STORAGE_RATE / LLAMA3_GPUS / 1e9,
@@ -237,17 +232,7 @@ def _plan(request: Request, config: RunConfig, gpu: Hardware) -> Report:
     from megavid.plan.answer import plan_run
     from megavid.plan.workload import workload_of_clip
 
-    clip = request.clip
-    answer = plan_run(
-        config,
-        request.world_size,
-        gpu,
-        workload_of_clip(config, clip.frames, clip.height, clip.width),
-        _calibration(request, gpu),
-        faults=request.faults,
-        headroom=request.headroom,
-        budget_tokens=request.tokens,
-    )
+    answer = plan_run(config, workload_of_clip(config, *astuple(request.clip)), _job(request, gpu))
     command = command_of(request.preset, request.overrides, answer)
     table = {"preset": request.preset, **answer.to_json(), "command": command}
     return table, plan_text(request.preset, answer, command, is_summary=request.is_summary)
@@ -257,18 +242,10 @@ def _search(request: Request, config: RunConfig, gpu: Hardware) -> Report:
     from megavid.cli.plan_text import command_of, search_text
     from megavid.plan.search import search
 
-    clip = request.clip
     found = search(
         config,
-        request.world_size,
-        gpu,
-        clip.frames,
-        clip.height,
-        clip.width,
-        _calibration(request, gpu),
-        faults=request.faults,
-        headroom=request.headroom,
-        budget_tokens=request.tokens,
+        astuple(request.clip),
+        _job(request, gpu),
         runners_up=request.runners_up,
         pinned=[item[2:].partition("=")[0] for item in request.overrides if item.startswith("--")],
     )
@@ -317,9 +294,8 @@ def _data(request: Request, config: RunConfig) -> int:
         from megavid.plan.answer import plan_run
         from megavid.plan.workload import workload_of_clip
 
-        gpu = _machine(request)
         workload = workload_of_clip(config, clip.frames, clip.height, clip.width)
-        answer = plan_run(config, request.world_size, gpu, workload, _calibration(request, gpu))
+        answer = plan_run(config, workload, _job(request, _machine(request)))
     prices = store(request.store)
     _print(data_json(data, prices, answer) if request.is_json else data_text(data, prices, answer))
     return 0
@@ -368,10 +344,11 @@ def _machine(request: Request) -> Hardware:
     return hardware(request.gpu) if request.gpu else load_probe(Path(request.calibration))[0]
 
 
-def _calibration(request: Request, gpu: Hardware) -> Any:
+def _job(request: Request, gpu: Hardware) -> Job:
     from megavid.plan.calibration import default_calibration, load_calibration
 
-    return load_calibration(Path(request.calibration)) if request.calibration else default_calibration(gpu)
+    measured = load_calibration(Path(request.calibration)) if request.calibration else default_calibration(gpu)
+    return Job(request.world_size, gpu, measured, request.faults, request.headroom, request.tokens)
 
 
 def _print(report: dict[str, Any] | str) -> None:

@@ -11,18 +11,16 @@ from megavid.config.schema import RunConfig
 from megavid.plan.advice import Binding, binding_of
 from megavid.plan.calibration import Calibration
 from megavid.plan.flops import Flops, forward_flops, recompute_flops
-from megavid.plan.goodput import Faults, Goodput, checkpoint_bytes, plan_goodput
+from megavid.plan.goodput import Goodput, checkpoint_bytes, plan_goodput
 from megavid.plan.hardware import Hardware
 from megavid.plan.hindcast import evidence
+from megavid.plan.job import Job
 from megavid.plan.layout import Layout, layout_of, microbatches_of_step
 from megavid.plan.memory import GIB, Memory, host_bytes, memory_of, worst_memory
 from megavid.plan.parameters import Counts, count, count_rank
 from megavid.plan.time import StepTime, mfu, peak_dtype, step_time
 from megavid.plan.traffic import Transfer, traffic_of
 from megavid.plan.workload import Workload
-
-HEADROOM = 0.05
-"""Share of the accelerator's memory that a layout has to leave free to count as one that fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,75 +215,60 @@ class Answer:
         }
 
 
-def plan_run(
-    config: RunConfig,
-    world_size: int,
-    hardware: Hardware,
-    workload: Workload,
-    calibration: Calibration,
-    *,
-    faults: Faults | None = None,
-    headroom: float = HEADROOM,
-    budget_tokens: float = 0.0,
-) -> Answer:
+def plan_run(config: RunConfig, workload: Workload, job: Job) -> Answer:
     """Answer for one layout.
 
     Args:
         config: the run; ``parallel.*`` is the layout.
-        world_size: GPUs.
-        hardware: what they are.
         workload: what each pack holds; ``data.pack_tokens`` follows it.
-        calibration: efficiencies and latencies.
-        faults: rates of failures and storage; None for the published ones.
-        headroom: share of memory that has to stay free.
-        budget_tokens: video tokens to train on; 0 for ``train.steps`` steps.
+        job: what it runs on.
 
     Raises:
         ConfigError: the layout is not legal.
     """
-    config = with_packs(config, workload)
-    layout = layout_of(config, world_size)
+    config, hardware = with_packs(config, workload), job.hardware
+    layout = layout_of(config, job.world_size)
     stage, memory = worst_memory(config, layout, workload, hardware=hardware)
-    time = step_time(config, layout, workload, hardware, calibration)
-    share = mfu(config, layout, workload, hardware, time.total)
-    counts = count(config.model)
-    work = work_of(config, workload)
+    time = step_time(config, layout, workload, hardware, job.calibration)
+    share, basis = mfu(config, layout, workload, hardware, time.total), evidence(hardware)
     traffic_stage, transfers = _most_traffic(config, layout, workload, hardware)
-    rates, basis = faults or Faults(), evidence(hardware)
     host = host_bytes(config, layout, stage)
-    goodput = plan_goodput(
-        checkpoint_size=checkpoint_bytes(counts.total, config.optimizer),
-        rank_bytes=host,
-        host_bytes=host,
-        world_size=world_size,
-        step_time_s=time.total,
-        interval_steps=config.checkpoint.interval_steps,
-        is_async=config.checkpoint.async_save,
-        faults=rates,
-    )
     return Answer(
         config=config,
         layout=layout,
         hardware=hardware,
         workload=workload,
-        counts=counts,
+        counts=count(config.model),
         rank_parameters=count_rank(config.model, layout, _first_rank(layout, stage)).held,
-        work=work,
+        work=work_of(config, workload),
         stage=stage,
         memory=memory,
         stage_bytes=tuple(memory_of(config, layout, s, workload, hardware=hardware).total for s in range(layout.pp)),
         host_bytes=host,
-        headroom=headroom,
+        headroom=job.headroom,
         transfers=transfers,
         traffic_stage=traffic_stage,
         time=time,
         mfu=share,
         mfu_interval=basis.interval(share),
         evidence=basis.text,
-        goodput=goodput,
-        budget_tokens=budget_tokens or float(config.train.steps * workload.packs_per_step * workload.tokens),
-        binding=binding_of(config, layout, workload, hardware, memory, time, headroom=headroom),
-        notes=_notes(config, layout, transfers, calibration),
+        goodput=_goodput(config, job, time.total, host),
+        budget_tokens=job.budget_tokens or float(config.train.steps * workload.packs_per_step * workload.tokens),
+        binding=binding_of(config, layout, workload, hardware, memory, time, headroom=job.headroom),
+        notes=_notes(config, layout, transfers, job.calibration),
+    )
+
+
+def _goodput(config: RunConfig, job: Job, step_time_s: float, host: int) -> Goodput:
+    return plan_goodput(
+        checkpoint_size=checkpoint_bytes(count(config.model).total, config.optimizer),
+        rank_bytes=host,
+        host_bytes=host,
+        world_size=job.world_size,
+        step_time_s=step_time_s,
+        interval_steps=config.checkpoint.interval_steps,
+        is_async=config.checkpoint.async_save,
+        faults=job.faults,
     )
 
 

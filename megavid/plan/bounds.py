@@ -16,9 +16,8 @@ from typing import Literal, NamedTuple
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
 from megavid.plan.activations import Shapes, block_bytes, in_flight, layers_of_stage
-from megavid.plan.calibration import Calibration
 from megavid.plan.critical_path import Schedule, StepTime, bubble_share
-from megavid.plan.hardware import Hardware
+from megavid.plan.job import Job
 from megavid.plan.layout import Layout, layout_of
 from megavid.plan.memory import CUDA_CONTEXT_BYTES, IMBALANCE_HEADROOM, SLACK
 from megavid.plan.parameters import count
@@ -56,27 +55,19 @@ class Stage(NamedTuple):
 
 
 class Bounds:
-    """Bounds for one model, one number of GPUs and one clip; every figure is added up once.
+    """Bounds for one model, one job and one clip; every figure is added up once.
 
     Args:
         config: the run.
-        world_size: GPUs.
-        hardware: what they are.
-        calibration: efficiencies.
+        job: what it runs on.
         clip: frames, height and width in pixels; one in each pack.
         strategies: of CP that may be taken.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        world_size: int,
-        hardware: Hardware,
-        calibration: Calibration,
-        clip: tuple[int, int, int],
-        strategies: tuple[Strategy, ...] = STRATEGIES,
+        self, config: RunConfig, job: Job, clip: tuple[int, int, int], strategies: tuple[Strategy, ...] = STRATEGIES
     ) -> None:
-        self.config, self.world_size, self.hardware, self.calibration = config, world_size, hardware, calibration
+        self.config, self.job = config, job
         self._clip, self._strategies = clip, strategies
         by_part = count(config.model).by_part
         self._experts = by_part["experts"]
@@ -96,7 +87,7 @@ class Bounds:
         is_bf16 = self.config.precision.dtype == "bf16"
         # In bf16 a shard has a master beside the moments and the average; in fp32 the weights are the masters.
         sharded = (12 if is_bf16 else 8) + (4 if self.config.optimizer.ema_decay > 0 else 0)
-        shard = (self._dense + self._experts) / self.world_size
+        shard = (self._dense + self._experts) / self.job.world_size
         return held * ((2 if is_bf16 else 4) + 4) + shard * sharded + CUDA_CONTEXT_BYTES
 
     def _blocks(
@@ -122,7 +113,7 @@ class Bounds:
     def _pace(self, tp: int, sequence: bool, cp: int, micro: int, recompute: Recompute) -> Mapping[Strategy, float]:
         """Seconds of a step on a mean stage without bubble and experts, for each legal strategy of CP."""
         found: dict[Strategy, float] = {}
-        spread = math.gcd(self.world_size, self.config.model.moe.num_experts) if self._has_experts else 1
+        spread = math.gcd(self.job.world_size, self.config.model.moe.num_experts) if self._has_experts else 1
         for strategy in self._strategies if cp > 1 else ("auto",):
             time = self._without_pipeline(tp, sequence, cp, spread, 1, micro, recompute, strategy)
             if time is not None:
@@ -146,19 +137,19 @@ class Bounds:
             self.config.parallel, tensor=tp, context=cp, pipeline=1, virtual_pipeline=1, expert=ep, expert_tensor=etp,
             context_strategy=strategy, recompute=recompute, sequence="auto" if sequence or tp == 1 else False,
         )  # fmt: skip
-        batch = micro * (self.world_size // (tp * cp))
+        batch = micro * (self.job.world_size // (tp * cp))
         train = replace(self.config.train, micro_batch_size=micro, global_batch_size=batch)
         data = replace(self.config.data, pack_tokens=workload.pack_tokens)
         config = replace(self.config, parallel=parallel, train=train, data=data)
         try:
-            layout = layout_of(config, self.world_size)
+            layout = layout_of(config, self.job.world_size)
         except ConfigError:
             return None
-        return step_time(config, layout, workload, self.hardware, self.calibration)
+        return step_time(config, layout, workload, self.job.hardware, self.job.calibration)
 
     def _scaled(self, time: StepTime, ranks: int, micro: int, *, keep: set[str]) -> float:
         """Seconds of those parts, from one microbatch to the config's global batch."""
-        microbatches = self.config.train.global_batch_size * ranks / (micro * self.world_size)
+        microbatches = self.config.train.global_batch_size * ranks / (micro * self.job.world_size)
         return sum(seconds for part, seconds in time.parts.items() if part in keep) * microbatches
 
     def _workload(self, ranks: int) -> Workload:

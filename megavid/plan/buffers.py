@@ -155,14 +155,16 @@ def _block_parameters(model: ModelConfig, is_moe: bool, tp: int, ep: int, etp: i
 
 def buckets_of_rank(config: RunConfig, layout: Layout, pp_rank: int) -> tuple[Bucket, ...]:
     """Every bucket of the chunks of a rank of this pipeline stage, chunk after chunk."""
-    # How attention crosses ranks changes no bucket, so that layouts that differ in it alone share an entry.
-    return _buckets_of_rank(
-        config.model,
-        replace(layout, context=None),
-        pp_rank,
-        config.precision.dtype == "bf16",
-        config.parallel.overlap_grad_reduce,
-    )
+    return _buckets_of_rank(*_key(config, layout, pp_rank))
+
+
+def _key(config: RunConfig, layout: Layout, pp_rank: int) -> tuple[ModelConfig, Layout, int, bool, bool]:
+    """All that buckets depend on: model, layout, stage, whether in bf16, whether reduced beside computation.
+
+    How attention crosses ranks changes no bucket, so that layouts that differ in it alone share an entry.
+    """
+    is_bf16, overlaps = config.precision.dtype == "bf16", config.parallel.overlap_grad_reduce
+    return config.model, replace(layout, context=None), pp_rank, is_bf16, overlaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,15 +186,7 @@ class Totals:
 
 def totals_of_rank(config: RunConfig, layout: Layout, pp_rank: int, dense_rank: int, expert_rank: int) -> Totals:
     """Sums over ``buckets_of_rank`` for the rank with these places among those that share its buckets."""
-    return _totals_of_rank(
-        config.model,
-        replace(layout, context=None),
-        pp_rank,
-        config.precision.dtype == "bf16",
-        config.parallel.overlap_grad_reduce,
-        dense_rank,
-        expert_rank,
-    )
+    return _totals_of_rank(*_key(config, layout, pp_rank), dense_rank, expert_rank)
 
 
 @lru_cache(maxsize=16384)

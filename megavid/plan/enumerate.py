@@ -14,9 +14,8 @@ from typing import NamedTuple, TypeVar
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
 from megavid.plan.bounds import RECOMPUTE, STRATEGIES, Bounds, Recompute, Strategy
-from megavid.plan.calibration import Calibration
 from megavid.plan.context import ContextPlan
-from megavid.plan.hardware import Hardware
+from megavid.plan.job import Job
 from megavid.plan.layout import Layout, layout_of
 from megavid.plan.workload import Workload
 
@@ -75,36 +74,22 @@ class Trial:
 
 
 class Space:
-    """All points for one model, one number of GPUs and one clip.
+    """All points for one model, one job and one clip.
 
     Args:
         config: the run.
-        world_size: GPUs.
-        hardware: what they are.
-        calibration: efficiencies.
+        job: what it runs on.
         clip: frames, height and width in pixels; one in each pack.
-        headroom: share of memory that has to stay free.
         pinned: keys of the config, such as ``parallel.tensor``, that keep their values.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        world_size: int,
-        hardware: Hardware,
-        calibration: Calibration,
-        clip: tuple[int, int, int],
-        headroom: float,
-        pinned: Collection[str] = (),
-    ) -> None:
+    def __init__(self, config: RunConfig, job: Job, clip: tuple[int, int, int], pinned: Collection[str] = ()) -> None:
         self.pinned = frozenset(pinned)
-        self.config, self.world_size, self.hardware, self.calibration = config, world_size, hardware, calibration
-        self.limit = hardware.memory_bytes * (1.0 - headroom)
-        """Bytes that a rank may use."""
+        self.config, self.job = config, job
         self.tried = 0
         """Points formed so far."""
         strategies = self._free("parallel.context_strategy", STRATEGIES, config.parallel.context_strategy)
-        self.bounds = Bounds(config, world_size, hardware, calibration, clip, strategies)
+        self.bounds = Bounds(config, job, clip, strategies)
 
     def points(self) -> list[Point]:
         """Every point that may fit, those with the lowest bound first."""
@@ -127,7 +112,7 @@ class Space:
                 continue
             config = self._config(point, strategy)
             try:
-                layout = layout_of(config, self.world_size)
+                layout = layout_of(config, self.job.world_size)
             except ConfigError:
                 continue
             if layout.context not in seen:
@@ -173,7 +158,7 @@ class Space:
 
     def _degrees(self) -> Iterator[tuple[int, bool, int, int, int, int]]:
         """(tp, sequence, cp, pp, ep, etp) that divide what they have to divide."""
-        model, world, domain = self.config.model, self.world_size, self.hardware.nvlink_domain
+        model, world, domain = self.config.model, self.job.world_size, self.job.hardware.nvlink_domain
         has_experts = model.family == "wan_moe"
         experts = model.moe.num_experts if has_experts else 1
         parallel, factors = self.config.parallel, self._factors
@@ -190,7 +175,7 @@ class Space:
 
     def _variants(self, tp: int, sequence: bool, cp: int, pp: int, ep: int, etp: int) -> Iterator[Point]:
         """Micro batches, chunks and recomputation of these degrees that may fit."""
-        replicas = self.world_size // (tp * cp * pp)
+        replicas = self.job.world_size // (tp * cp * pp)
         bounds, state = self.bounds, self.bounds.state_bytes(tp, pp, ep, etp)
         batch = self.config.train.global_batch_size
         usual = tuple(sorted({*MICRO_BATCHES, self.config.train.micro_batch_size}))
@@ -205,7 +190,7 @@ class Space:
                 stage = bounds.stage(pp, vpp, microbatches)
                 for recompute in self._free("parallel.recompute", RECOMPUTE, self.config.parallel.recompute):
                     self.tried += 1
-                    if state + stage.kept(*bounds.blocks(tp, sequence, cp, etp, micro, recompute)) > self.limit:
+                    if state + stage.kept(*bounds.blocks(tp, sequence, cp, etp, micro, recompute)) > self.job.limit:
                         continue
                     paces = bounds.pace(tp, sequence, cp, micro, recompute)
                     if paces:
@@ -216,7 +201,7 @@ class Space:
 
     def memory_floor(self, point: Point) -> float:
         """Bytes that the fullest rank of a point needs at least."""
-        replicas = self.world_size // (point.tp * point.cp * point.pp)
+        replicas = self.job.world_size // (point.tp * point.cp * point.pp)
         microbatches = self.config.train.global_batch_size // (point.micro * replicas)
         stage = self.bounds.stage(point.pp, point.vpp, microbatches)
         kept = self.bounds.blocks(point.tp, point.sequence, point.cp, point.etp, point.micro, point.recompute)

@@ -34,12 +34,12 @@ PyTorch documents under CUBLAS_WORKSPACE_CONFIG); assumption for the sum: half a
 what ``nvidia-smi`` shows above torch's own reserved memory in a training process."""
 COMMUNICATOR_BYTES, PAIR_BYTES = 688 * MIB, 544 * MIB
 """Device memory of one NCCL communicator after its first all-reduce, of more than two GPUs and of two; every process
-group has its own. Source: measured by a user on 4 A100 with NVLink, github.com/NVIDIA/nccl issue 964 (2023); newer
-versions connect lazily and may take less."""
+group has its own. Source: measured by a user on 4 A100 with NVLink (2023),
+https://github.com/NVIDIA/nccl/issues/964; newer versions connect lazily and may take less."""
 EXCHANGE_BYTES, EXCHANGE_PEERS = 3_280_000_000, 7
 """Besides, of a communicator that has run an all-to-all between so many peers in one NVLink domain. Source: 1.06 GB
-before and 4.34 GB after the first one on 8 H100, github.com/NVIDIA/nccl issue 1685 (2025). Peers elsewhere share
-one buffer (issue 1450)."""
+before and 4.34 GB after the first one on 8 H100 (2025), https://github.com/NVIDIA/nccl/issues/1685. Peers elsewhere
+share one buffer: https://github.com/NVIDIA/nccl/issues/1450."""
 SLACK = 0.05
 """Share of activations and working memory that the caching allocator holds in pieces too small to use; assumption, for
 ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``."""

@@ -10,12 +10,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megavid.config.schema import RunConfig, require
-from megavid.plan.answer import HEADROOM, Answer, plan_run
+from megavid.plan.answer import Answer, plan_run
 from megavid.plan.bounds import RECOMPUTE
-from megavid.plan.calibration import Calibration
 from megavid.plan.enumerate import Point, Space, Trial
-from megavid.plan.goodput import Faults
-from megavid.plan.hardware import Hardware
+from megavid.plan.job import Job
 from megavid.plan.memory import GIB, worst_memory
 from megavid.plan.time import step_time
 
@@ -53,39 +51,25 @@ class Found:
 
 def search(
     config: RunConfig,
-    world_size: int,
-    hardware: Hardware,
-    frames: int,
-    height: int,
-    width: int,
-    calibration: Calibration,
+    clip: tuple[int, int, int],
+    job: Job,
     *,
-    faults: Faults | None = None,
-    headroom: float = HEADROOM,
-    budget_tokens: float = 0.0,
     runners_up: int = 5,
     pinned: Collection[str] = (),
 ) -> Found:
-    """The best layouts of ``world_size`` GPUs for clips of this size, one in each pack.
+    """The best layouts for clips of this size, one in each pack.
 
     Args:
         config: the run; its layout counts for nothing but the keys that are not enumerated.
-        world_size: GPUs.
-        hardware: what they are.
-        frames: of a clip.
-        height: pixels.
-        width: pixels.
-        calibration: efficiencies and latencies.
-        faults: rates of failures and storage.
-        headroom: share of memory that has to stay free.
-        budget_tokens: video tokens to train on; 0 for ``train.steps`` steps.
+        clip: frames, height and width in pixels.
+        job: what it runs on.
         runners_up: how many layouts are wanted after the best.
         pinned: keys of the config that keep their values, such as ``parallel.tensor``.
 
     Raises:
         ConfigError: no layout is legal, or none fits; says by how much the smallest does not.
     """
-    space = Space(config, world_size, hardware, calibration, (frames, height, width), headroom, pinned)
+    space = Space(config, job, clip, pinned)
     judge = _Judge(space, wanted=runners_up + 1)
     points = space.points()
     for point in points:
@@ -94,10 +78,7 @@ def search(
     require(bool(judge.best), _nothing_fits(space, points))
 
     def answer(trial: Trial) -> Answer:
-        return plan_run(
-            trial.config, world_size, hardware, trial.workload, calibration, faults=faults, headroom=headroom,
-            budget_tokens=budget_tokens,
-        )  # fmt: skip
+        return plan_run(trial.config, trial.workload, job)
 
     candidates = [Candidate(first := answer(judge.best[0][1]), "the best")]
     for _, trial in judge.best[1:]:
@@ -136,8 +117,8 @@ class _Judge:
     def _judge(self, trial: Trial) -> bool:
         """Whether it fits; if it does, it is timed and put where it belongs."""
         self.judged += 1
-        memory = worst_memory(trial.config, trial.layout, trial.workload, hardware=self.space.hardware)[1]
-        if memory.total > self.space.limit:
+        memory = worst_memory(trial.config, trial.layout, trial.workload, hardware=self.space.job.hardware)[1]
+        if memory.total > self.space.job.limit:
             if len(self.large) < LARGE_TRIED:
                 self.large.append(trial)
             return False
@@ -148,8 +129,8 @@ class _Judge:
         return True
 
     def _time(self, trial: Trial) -> float:
-        space = self.space
-        return step_time(trial.config, trial.layout, trial.workload, space.hardware, space.calibration).total
+        job = self.space.job
+        return step_time(trial.config, trial.layout, trial.workload, job.hardware, job.calibration).total
 
 
 # Words
@@ -198,7 +179,7 @@ def _notes(best: Answer) -> tuple[str, ...]:
 
 
 def _nothing_fits(space: Space, points: list[Point]) -> str:
-    world, limit = space.world_size, space.limit / GIB
+    world, limit = space.job.world_size, space.job.limit / GIB
     if not points:
         kept = f" with {', '.join(sorted(space.pinned))} as given" if space.pinned else ""
         return (

@@ -12,6 +12,7 @@ from megavid.plan.calibration import default_calibration
 from megavid.plan.critical_path import AXIS_PARTS
 from megavid.plan.flops import PARTS
 from megavid.plan.hardware import hardware
+from megavid.plan.job import Job
 from megavid.plan.layout import layout_of
 from megavid.plan.workload import workload_of_clip
 
@@ -21,7 +22,7 @@ H100 = hardware("h100-80gb")
 def plan(preset: str, world: int, *flags: str, **options: Any) -> Answer:
     config = load_run(preset, flags)
     workload = workload_of_clip(config, 81, 480, 832)
-    return plan_run(config, world, H100, workload, default_calibration(H100), **options)
+    return plan_run(config, workload, Job(world, H100, default_calibration(H100), **options))
 
 
 def test_every_part_of_a_step_has_one_cause() -> None:

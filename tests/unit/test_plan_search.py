@@ -14,6 +14,7 @@ from megavid.plan.bounds import RECOMPUTE, STRATEGIES
 from megavid.plan.calibration import default_calibration
 from megavid.plan.enumerate import Space
 from megavid.plan.hardware import Hardware, hardware
+from megavid.plan.job import Job
 from megavid.plan.layout import layout_of
 from megavid.plan.memory import worst_memory
 from megavid.plan.search import search
@@ -30,6 +31,11 @@ def small(family: str, **train: Any) -> RunConfig:
     config = load_run({"wan": "wan_1b", "wan_moe": "wan_moe_7b_a2b"}[family], [])
     model = replace(config.model, num_layers=8)
     return replace(config, model=model, train=replace(config.train, global_batch_size=16, **train))
+
+
+def on(gpu: Hardware) -> Job:
+    """Eight of them."""
+    return Job(8, gpu, CALIBRATION)
 
 
 def tight(gib: float) -> Hardware:
@@ -69,7 +75,7 @@ def everything(family: str, world: int) -> list[tuple[float, int]]:
 def test_the_best_is_the_best_of_everything(family: str, gib: float) -> None:
     config, gpu = small(family), tight(gib)
     slow = [seconds for seconds, size in everything(family, 8) if size <= gpu.memory_bytes * 0.95]
-    fast = search(config, 8, gpu, *CLIP, CALIBRATION, headroom=0.05)
+    fast = search(config, CLIP, on(gpu))
     assert len(slow) > 20
     assert fast.candidates[0].answer.time.total == pytest.approx(min(slow), rel=1e-12)
     assert all(candidate.answer.fits for candidate in fast.candidates)
@@ -78,7 +84,7 @@ def test_the_best_is_the_best_of_everything(family: str, gib: float) -> None:
 @pytest.mark.parametrize("family", ["wan", "wan_moe"])
 def test_no_bound_is_above_what_it_bounds(family: str) -> None:
     config = small(family)
-    space = Space(config, 8, tight(1000), CALIBRATION, CLIP, 0.0)
+    space = Space(config, Job(8, tight(1000), CALIBRATION, headroom=0.0), CLIP)
     points = space.points()
     memory_seen = 0
     for point in points[:: max(1, len(points) // 150)]:
@@ -92,7 +98,7 @@ def test_no_bound_is_above_what_it_bounds(family: str) -> None:
 
 
 def test_runners_up_come_with_the_reason_why_they_lose() -> None:
-    found = search(small("wan_moe"), 8, H100, *CLIP, CALIBRATION, runners_up=4)
+    found = search(small("wan_moe"), CLIP, on(H100), runners_up=4)
     assert len(found.candidates) == 5
     assert found.candidates[0].reason == "the best"
     times = [candidate.answer.time.total for candidate in found.candidates]
@@ -103,9 +109,9 @@ def test_runners_up_come_with_the_reason_why_they_lose() -> None:
 
 
 def test_what_would_be_faster_but_does_not_fit_is_named_with_what_it_lacks() -> None:
-    roomy = search(small("wan_moe"), 8, tight(80), *CLIP, CALIBRATION)
+    roomy = search(small("wan_moe"), CLIP, on(tight(80)))
     needs = roomy.candidates[0].answer.memory.total / 2**30
-    found = search(small("wan_moe"), 8, tight(0.8 * needs), *CLIP, CALIBRATION)
+    found = search(small("wan_moe"), CLIP, on(tight(0.8 * needs)))
     assert found.too_large
     best = found.candidates[0].answer
     for candidate in found.too_large:
@@ -116,13 +122,13 @@ def test_what_would_be_faster_but_does_not_fit_is_named_with_what_it_lacks() -> 
 
 def test_where_nothing_fits_the_smallest_layout_is_named() -> None:
     with pytest.raises(ConfigError, match=r"no layout of 8 GPUs (fits|is legal)"):
-        search(small("wan_moe"), 8, tight(4), *CLIP, CALIBRATION)
+        search(small("wan_moe"), CLIP, on(tight(4)))
 
 
 def test_the_global_batch_bounds_data_parallelism_and_the_notes_say_so() -> None:
     config = small("wan")
     config = replace(config, train=replace(config.train, global_batch_size=4))
-    found = search(config, 8, H100, *CLIP, CALIBRATION)
+    found = search(config, CLIP, on(H100))
     assert all(candidate.answer.layout.dp <= 4 for candidate in found.candidates)
     assert any("train.global_batch_size = 4 packs bounds data parallelism" in note for note in found.notes)
 
@@ -131,17 +137,17 @@ def test_keys_that_are_pinned_keep_their_values() -> None:
     config = small("wan_moe")
     config = replace(config, parallel=replace(config.parallel, tensor=2, recompute="full", overlap_grad_reduce=False))
     pinned = ("parallel.tensor", "parallel.recompute", "parallel.overlap_grad_reduce", "train.micro_batch_size")
-    for candidate in search(config, 8, H100, *CLIP, CALIBRATION, pinned=pinned).candidates:
+    for candidate in search(config, CLIP, on(H100), pinned=pinned).candidates:
         parallel = candidate.answer.config.parallel
         assert (parallel.tensor, parallel.recompute, parallel.overlap_grad_reduce) == (2, "full", False)
         assert candidate.answer.config.train.micro_batch_size == config.train.micro_batch_size
     with pytest.raises(ConfigError, match=r"with parallel\.tensor as given is legal"):
-        search(replace(config, parallel=replace(config.parallel, tensor=3)), 8, H100, *CLIP, CALIBRATION,
+        search(replace(config, parallel=replace(config.parallel, tensor=3)), CLIP, on(H100),
                pinned=("parallel.tensor",))  # fmt: skip
 
 
 def test_packs_hold_one_clip_and_divide_by_the_ranks_that_share_them() -> None:
-    for candidate in search(small("wan"), 8, H100, *CLIP, CALIBRATION).candidates:
+    for candidate in search(small("wan"), CLIP, on(H100)).candidates:
         answer = candidate.answer
         assert len(answer.workload.clip_tokens) == 1
         assert answer.workload.pack_tokens % (answer.layout.tp * answer.layout.cp) == 0
