@@ -158,7 +158,9 @@ def _exposed(stage: Stage, schedule: Schedule, machine: Machine, compute: _Compu
     hiding = _hiding(schedule, compute)
     for exchange in stage.exchanges:
         seconds = machine.exchange(exchange)
-        if exchange.beside == "pieces":
+        if not machine.calibration.is_asynchronous:
+            pass  # Ranks that compute are the ranks that copy: what runs beside a product takes its cores from it.
+        elif exchange.beside == "pieces":
             # Cut in as many as there are ranks, each beside a piece of a product; the first has nothing beside it.
             seconds /= exchange.group_size
         elif exchange.beside == "neighbour":

@@ -43,6 +43,10 @@ work of their own wait for each other and wake up, which a loop of nothing but c
 SLOWEST_LEFT_OUT = 0.1
 """Share of a collective's calls, the slowest, that are taken for interruptions."""
 LEAST_REPEATS = 3
+EXPECTED = ("matrix_efficiency", "attention_efficiency", "glue_factor", "nvlink_efficiency")
+"""Numbers that the fit draws to where they start, what kernels and links reach alone."""
+EXPECTED_WEIGHT = 0.1
+"""How hard, against 1 for a timed step: enough that no single interrupted step moves a number that it alone tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class Links:
 
     Attributes:
         rate: bytes/s that one rank sends in large collectives: all of them that a step has, taken together.
-        alltoall_ratio: rate of the all-to-all over that.
+        alltoall_ratio: rate of the all-to-all over that, 1 at most.
         latency_s: seconds of one tiny all-reduce between computations.
     """
 
@@ -200,11 +204,14 @@ def links_of(latency_s: float, found: dict[str, tuple[float, float]]) -> Links:
     """Rates of a link from the latency and (seconds, bytes) of one large call of each operation."""
     moving = {name: max(seconds - latency_s, 0.01 * seconds) for name, (seconds, _) in found.items()}
     rate = sum(sent for _, sent in found.values()) / sum(moving.values())
-    return Links(rate, found["all_to_all"][1] / moving["all_to_all"] / rate, latency_s)
+    # One that takes no longer than a tiny all-reduce tells no rate: on gloo an all-to-all waits less.
+    return Links(rate, min(1.0, found["all_to_all"][1] / moving["all_to_all"] / rate), latency_s)
 
 
 def _together(run: Callable[[], object], seconds: float, clock: Clock) -> float:
-    """Mean time of a collective between computations, interruptions left out.
+    """Mean time that a collective adds to computations around it, interruptions left out.
+
+    Not the time inside the call: the computation after one is slower too, its caches cold and its core just woken.
 
     Ranks: collective over the world; they agree how often, or one would wait for ever.
     """
@@ -217,13 +224,23 @@ def _together(run: Callable[[], object], seconds: float, clock: Clock) -> float:
     once = torch.tensor(median_seconds(both, 0.0, clock))
     dist.all_reduce(once, op=dist.ReduceOp.MAX)
     count = max(LEAST_REPEATS, min(1000, int(seconds / max(float(once), 1e-7))))
+    alone, joined = _seconds_of_each(work, count, clock), _seconds_of_each(both, count, clock)
+    return added_seconds(alone, joined)
+
+
+def _seconds_of_each(run: Callable[[], object], count: int, clock: Clock) -> list[float]:
     found = []
     for _ in range(count):
-        work()
         began = clock()
         run()
         found.append(clock() - began)
-    return mean_without_slowest(found)
+    return found
+
+
+def added_seconds(alone: Sequence[float], joined: Sequence[float]) -> float:
+    """What the second of two computations takes longer; never nothing, since it divides bytes."""
+    longer = mean_without_slowest(joined)
+    return max(longer - mean_without_slowest(alone), 0.01 * longer)
 
 
 def mean_without_slowest(found: Sequence[float]) -> float:
@@ -305,11 +322,25 @@ def predicted_seconds(steps: Sequence[TimedStep], machine: Hardware, calibration
     return [step_time(step.config, step.layout, step.workload, machine, calibration).total for step in steps]
 
 
-def fit_to_steps(machine: Hardware, start: Calibration, steps: Sequence[TimedStep]) -> Calibration:
-    """The calibration whose numbers of ``PROBE_RANGES`` fit the timed steps best; the others are those of ``start``."""
-    found = fit_numbers(
-        lambda tried: predicted_seconds(steps, machine, tried), [step.seconds for step in steps], start, PROBE_RANGES
-    )
+def fit_to_steps(
+    machine: Hardware, start: Calibration, steps: Sequence[TimedStep], expected_weight: float = EXPECTED_WEIGHT
+) -> Calibration:
+    """The calibration whose numbers of ``PROBE_RANGES`` fit the timed steps best; the others are those of ``start``.
+
+    Args:
+        machine: that the steps ran on.
+        start: where to start, and what ``EXPECTED`` numbers are drawn to.
+        steps: that were timed.
+        expected_weight: how hard; 0 to fit to the steps alone.
+    """
+    expected = start.numbers()
+
+    def seconds_of(tried: Calibration) -> list[float]:
+        return [*predicted_seconds(steps, machine, tried), *(tried.numbers()[name] for name in EXPECTED)]
+
+    measured = [*(step.seconds for step in steps), *(expected[name] for name in EXPECTED)]
+    weights = [1.0] * len(steps) + [expected_weight] * len(EXPECTED)
+    found = fit_numbers(seconds_of, measured, start, PROBE_RANGES, weights=weights)
     fitted = f"fitted to {len(steps)} timed steps of small models"
     source = {**found.source, **dict.fromkeys(PROBE_RANGES, fitted)}
     return Calibration(**{**vars(found), "source": source})

@@ -127,6 +127,7 @@ PROBE_CASES = (
     Case(name="products", layers=2, width=512, ffn=2048, clips=(512,)),
     Case(name="memory", layers=3, width=192, ffn=384, clips=(256, 256), packs=2),
     Case(name="attention", layers=2, width=128, ffn=256, clips=(1792,)),
+    Case(name="attention of two clips", layers=3, width=192, ffn=384, clips=(1024, 768)),
     Case(name="experts", layers=4, width=256, ffn=1024, clips=(384,), experts=8, expert_ffn=256),
     Case(name="replicas", ranks=2, layers=2, width=320, ffn=1280, clips=(448,), packs=2),
     Case(name="small replicas", ranks=2, layers=4, width=192, ffn=768, clips=(256,), packs=2),

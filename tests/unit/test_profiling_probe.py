@@ -18,6 +18,7 @@ from megavid.profiling.probe import (
     SHORT_KEYS,
     Kernels,
     Links,
+    added_seconds,
     fit_to_steps,
     half_keys,
     hardware_of,
@@ -28,7 +29,7 @@ from megavid.profiling.probe import (
     worst_misfit,
 )
 from megavid.training.probe_run import PROBE_CASES, Case
-from tools.bench_prediction import CASES, CROWDED, WORST_LIMIT, Found, single_probes, table, verdict
+from tools.bench_prediction import CASES, CROWDED, Found, table, verdict
 
 KERNELS = Kernels(
     product_rate=80e9, copy_rate=16e9, long_attention=60e9, short_attention=45e9, backward_ratio=0.8, operator_s=5e-6
@@ -62,6 +63,12 @@ def test_a_slow_call_is_timed_three_times_whatever_the_limit() -> None:
     clock = FakeClock(5.0)
     assert median_seconds(clock.run, 0.1, clock) == 5.0
     assert clock.now == 20.0  # one to warm up
+
+
+def test_a_collective_takes_what_it_adds_to_the_work_around_it() -> None:
+    alone, joined = [1.0] * 9 + [7.0], [1.5] * 9 + [30.0]  # the slowest tenth is an interruption
+    assert added_seconds(alone, joined) == pytest.approx(0.5)
+    assert added_seconds(joined, alone) == pytest.approx(0.01)  # noise: no collective takes nothing
 
 
 def test_a_link_is_what_all_collectives_send_after_the_latency() -> None:
@@ -108,25 +115,30 @@ def test_the_fit_finds_the_numbers_that_generated_the_steps() -> None:
         nvlink_efficiency=0.6,
     )
     steps, hardware = generated(truth)
-    fitted = fit_to_steps(hardware, start, steps)
+    fitted = fit_to_steps(hardware, start, steps, expected_weight=0.0)
     for name in PROBE_RANGES:
         assert fitted.numbers()[name] == pytest.approx(truth.numbers()[name], rel=0.02), name
-        assert "fitted to 9 timed steps" in fitted.source[name]
+        assert "fitted to 10 timed steps" in fitted.source[name]
     assert worst_misfit(hardware, fitted, steps) < 1e-3
     assert fitted.attention_half_keys == start.attention_half_keys
+    # Drawn to what kernels and links reach alone, numbers differ; what is predicted of other steps hardly does.
+    drawn = fit_to_steps(hardware, start, steps)
+    cases = [case.timed(math.nan) for case in CASES]
+    pairs = zip(predicted_seconds(cases, hardware, drawn), predicted_seconds(cases, hardware, truth), strict=True)
+    assert max(abs(ours / theirs - 1) for ours, theirs in pairs) < 0.1
 
 
 @pytest.mark.parametrize("interrupted", PROBE_CASES, ids=lambda case: case.name)
-def test_one_interrupted_case_moves_no_prediction_beyond_the_limit(interrupted: Case) -> None:
+def test_one_interrupted_case_moves_no_prediction_far(interrupted: Case) -> None:
     start = machine()[1]
     truth = start.with_numbers(matrix_efficiency=0.7, glue_factor=0.6, operator_s=1.4e-5, step_s=0.004)
-    noise = [1.03, 0.97, 1.02, 0.98, 1.01, 1.02, 0.99, 1.01, 0.98]
+    noise = [1.03, 0.97, 1.02, 0.98, 1.01, 1.02, 0.98, 0.99, 1.01, 0.98]
     noise[PROBE_CASES.index(interrupted)] = 1.8
     steps, hardware = generated(truth, noise.__getitem__)
     fitted = fit_to_steps(hardware, start, steps)
     cases = [case.timed(math.nan) for case in CASES]
     pairs = zip(predicted_seconds(cases, hardware, fitted), predicted_seconds(cases, hardware, truth), strict=True)
-    assert max(abs(ours / theirs - 1) for ours, theirs in pairs) < WORST_LIMIT
+    assert max(abs(ours / theirs - 1) for ours, theirs in pairs) < 0.15
 
 
 def test_what_is_judged_is_no_case_of_the_probe_and_covers_the_axes() -> None:
@@ -154,11 +166,8 @@ def test_the_verdict_is_of_the_median_and_of_the_worst() -> None:
 
 
 def test_a_row_is_of_medians() -> None:
-    found = {case.name: Found([1.0, 9.0, 1.1], [2.0, 2.2, 50.0]) for case in CASES}
+    found = {case.name: Found(1.1, [2.0, 2.2, 50.0]) for case in CASES}
     assert found[CASES[0].name].ratio == pytest.approx(0.5)
-    alone = single_probes(CASES, found).splitlines()
-    assert alone[0] == "probe 1 alone: median 54.5%, worst 54.5%"
-    assert alone[1] == "probe 2 alone: median 309.1%, worst 309.1%"
     rows = table(CASES, found).splitlines()
     assert len(rows) == len(CASES) + 2
     assert rows[2].endswith("| 5 x 384 | 320 x 1 | 1.1000 | 2.2000 | 0.50 |")
