@@ -44,7 +44,7 @@ usage: megavid upcycle DENSE DST --experts N --top-k N --granularity N [options]
 
 At step 0 the result computes exactly what the dense model does, for any top-k that is allowed; what would not is
 refused. It is written one part of a tensor at a time, with conversion.json beside the weights; the same command goes on
-after an interruption. docs/upcycle.md says why, and shows an experiment.
+after an interruption. docs/upcycle.md says why.
 
 Examples:
   megavid upcycle Wan2.1-T2V-14B-Diffusers/transformer wan_100b --experts 64 --top-k 8 --granularity 4 --dtype bf16
