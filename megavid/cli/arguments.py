@@ -4,7 +4,9 @@ Owns the two forms ``--name VALUE`` and ``--name=VALUE``. Config keys have a dot
 """
 
 import math
+from pathlib import Path
 
+from megavid.config.load import preset_names
 from megavid.errors import ConfigError
 
 
@@ -48,6 +50,32 @@ def take_flag(argv: list[str], name: str) -> bool:
     is_there = name in argv
     argv[:] = [item for item in argv if item != name]
     return is_there
+
+
+def take_preset(argv: list[str]) -> tuple[str, tuple[str, ...]]:
+    """The preset or file that comes first, and what is behind it: config keys.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError(f"the first argument must be a preset ({', '.join(preset_names())}) or a .toml file")
+    return argv[0], tuple(argv[1:])
+
+
+def out_folder(text: str, what: str) -> Path:
+    """The folder that ``--out`` names.
+
+    Args:
+        text: its value, "" where it did not come.
+        what: is written there.
+
+    Raises:
+        ConfigError: it did not come.
+    """
+    if not text:
+        raise ConfigError(f"--out DIR is missing: the folder that the {what} is written to")
+    return Path(text)
 
 
 def one_of(text: str, name: str, choices: tuple[str, ...]) -> str:

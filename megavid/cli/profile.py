@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megavid.cli.arguments import one_of, take_flag, take_option, whole_number
+from megavid.cli.arguments import one_of, out_folder, take_flag, take_option, take_preset, whole_number
 from megavid.cli.quiet import silence_known_warnings
 from megavid.config.load import load_run, preset_names
 from megavid.config.schema import RunConfig
@@ -88,16 +88,25 @@ def main(argv: Sequence[str]) -> int:
     request = parse(argv)
     config = load_run(request.preset, request.overrides)
     check(config, request)
-    machine = load_probe(request.calibration) if request.calibration else None
     silence_known_warnings()
     # The profiler's library announces every start and stop, and warns of tensors that are older than the trace.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    run(config, request, ("megavid", "profile", *argv))
+    return 0
 
+
+def run(config: RunConfig, request: Request, command: tuple[str, ...]) -> None:
+    """Start the ranks that the request asks for, or be one of them, and write the report.
+
+    Raises:
+        MegavidError: of the kind that fits.
+    """
     from megavid.cli.ranks import find_ranks
 
     env, num_ranks = find_ranks(request.ranks)
     layout = layout_of(config, num_ranks)
+    machine = load_probe(request.calibration) if request.calibration else None
 
     import torch
 
@@ -123,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
         traces=TRACES[request.traces],
         has_snapshot=request.has_snapshot,
     )
-    asked = Asked(("megavid", "profile", *argv), request.preset, request.out, machine)
+    asked = Asked(command, request.preset, request.out, machine)
     finish = functools.partial(write_report, config, asked)
     entry = functools.partial(profile_rank, config, layout, device, settings, request.out, finish)
     with RunLock(request.out) if env.is_main else contextlib.nullcontext():
@@ -133,7 +142,6 @@ def main(argv: Sequence[str]) -> int:
             entry(env)
         else:
             run_local_ranks(entry, num_ranks, device)
-    return 0
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -149,13 +157,10 @@ def parse(argv: Sequence[str]) -> Request:
     traces = one_of(take_option(rest, "--traces") or "one", "--traces", tuple(TRACES))
     has_snapshot = take_flag(rest, "--memory-snapshot")
     calibration = take_option(rest, "--calibration")
-    if not rest or rest[0].startswith("-"):
-        raise ConfigError(f"the first argument must be a preset ({', '.join(preset_names())}) or a .toml file")
-    if not out:
-        raise ConfigError("--out DIR is missing: the folder that the report is written to")
+    preset, overrides = take_preset(rest)
     return Request(
-        preset=rest[0],
-        out=Path(out),
+        preset=preset,
+        out=out_folder(out, "report"),
         steps=whole_number(numbers["--steps"], "--steps", default=10),
         warmup=whole_number(numbers["--warmup"], "--warmup", default=3),
         traced=whole_number(numbers["--trace-steps"], "--trace-steps", default=2),
@@ -164,7 +169,7 @@ def parse(argv: Sequence[str]) -> Request:
         traces=traces,
         has_snapshot=has_snapshot,
         calibration=Path(calibration) if calibration else None,
-        overrides=tuple(rest[1:]),
+        overrides=overrides,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavid.cli.arguments import take_flag, take_option, whole_number
+from megavid.cli.arguments import out_folder, take_flag, take_option, take_preset, whole_number
 from megavid.cli.quiet import silence_known_warnings
 from megavid.config.load import load_run, preset_names
 from megavid.config.schema import RunConfig
@@ -116,17 +116,14 @@ def parse(argv: Sequence[str]) -> Request:
     ranks = take_option(rest, "--ranks")
     resume_step = take_option(rest, "--resume-step")
     takes_over = take_flag(rest, "--take-over")
-    if not rest or rest[0].startswith("-"):
-        raise ConfigError(f"the first argument must be a preset ({', '.join(preset_names())}) or a .toml file")
-    if not out:
-        raise ConfigError("--out DIR is missing: the folder that the run is written to")
+    preset, overrides = take_preset(rest)
     return Request(
-        preset=rest[0],
-        out=Path(out),
+        preset=preset,
+        out=out_folder(out, "run"),
         ranks=whole_number(ranks, "--ranks", default=0),
         resume_step=whole_number(resume_step, "--resume-step", default=0),
         takes_over=takes_over,
-        overrides=tuple(rest[1:]),
+        overrides=overrides,
     )
 
 
