@@ -247,11 +247,12 @@ def test_bad_input_is_one_line_and_status_2(
     assert said in error
 
 
-def test_a_checkpoint_on_disk_is_as_large_as_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with WarmParent(tmp_path) as warm:
-        flags = ("--train.steps", "1", "--train.global_batch_size", "2", "--data.validation_samples", "4")
-        done = warm.run("train", "tiny", "--out", str(tmp_path / "run"), *flags)
-        assert done.returncode == 0, done.stderr
+def test_a_checkpoint_on_disk_is_as_large_as_planned(
+    warm: WarmParent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--train.steps", "1", "--train.global_batch_size", "2", "--data.validation_samples", "4")
+    done = warm.run("train", "tiny", "--out", str(tmp_path / "run"), *flags)
+    assert done.returncode == 0, done.stderr
     files = (tmp_path / "run" / "checkpoints" / "step_00000001").glob("*.safetensors")
     written = sum(file.stat().st_size for file in files)
     planned = answer(capsys, "tiny", "--world-size", "1", "--gpu", "h200")["goodput"]["checkpoint_bytes"]

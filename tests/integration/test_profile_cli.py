@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,10 @@ from megavid.profiling.attribution import SCHEDULE, STEP, inside
 from megavid.profiling.page import page
 from megavid.profiling.trace import read_trace
 from tests.support.browser import look
+from tests.support.page_check import charts, needs, schemes
 from tests.support.warm_parent import Command, WarmParent
 
 SHORT = ("--steps", "2", "--warmup", "1", "--trace-steps", "1", "--train.global_batch_size", "2")
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    """Where commands are forked from."""
-    with WarmParent(tmp_path_factory.mktemp("commands")) as parent:
-        yield parent
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +163,51 @@ def test_two_ranks_name_axes_ranks_and_both_kinds_of_routing(two_ranks: tuple[Pa
     assert re.search(r"slowest rank: [01] on ", done.stdout)
 
 
+CHARTS = ("waterfall", "parts", "steps", "experts", "memory", "ranks")
+
+
+def test_page_stands_alone_and_its_drawings_hold_their_words(two_ranks: tuple[Path, Command]) -> None:
+    """What needs no browser, so that it is looked at everywhere; the tests below are skipped where there is none."""
+    html = (two_ranks[0] / "report.html").read_text()
+    assert needs(html) == []
+    found = charts(html)
+    assert set(found) == {f"chart-{chart}-{kind}" for chart in CHARTS for kind in ("real", "forced")}
+    for name, chart in found.items():
+        assert chart.shapes >= 1, f"{name} shows nothing"
+        assert chart.texts >= 2, name
+        assert chart.outside == [], name
+    used, light, dark = schemes(html)
+    assert used == light == dark
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"),
+    [
+        ("<main>", '<main><img src="https://example.org/a.png">', "https://example.org/a.png"),
+        ("<style>", "<style>@import 'more.css';", "@import"),
+        ("</main>", "<script>1</script></main>", "<script>"),
+        ("</main>", "</main></div>", "</div> closes nothing"),
+    ],
+)
+def test_page_that_does_not_stand_alone_is_told(
+    two_ranks: tuple[Path, Command], before: str, after: str, wanted: str
+) -> None:
+    html = (two_ranks[0] / "report.html").read_text().replace(before, after, 1)
+    assert any(wanted in told for told in needs(html))
+
+
+def test_words_that_leave_a_drawing_are_told() -> None:
+    text = '<text x="{x}" y="{y}" class="label" text-anchor="{anchor}">routing imbalance</text>'
+    places = {
+        (10, 20, "start"): True, (10, 20, "end"): False, (99, 20, "start"): False, (100, 20, "middle"): True,
+        (10, 5, "start"): False, (10, 39, "start"): False,
+    }  # fmt: skip
+    for (x, y, anchor), is_inside in places.items():
+        words = text.format(x=x, y=y, anchor=anchor)
+        html = f'<figure id="one"><svg viewBox="0 0 200 40">{words}<rect/></svg></figure>'
+        assert (charts(html)["one"].outside == []) is is_inside, (x, y, anchor)
+
+
 def assert_readable(file: Path, scheme: Any, expected: set[str]) -> None:
     seen = look(file, scheme)
     assert set(seen.figures) == expected
@@ -188,8 +226,7 @@ def assert_readable(file: Path, scheme: Any, expected: set[str]) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_shows_every_chart_in_a_browser(two_ranks: tuple[Path, Command], scheme: str) -> None:
-    charts = ("waterfall", "parts", "steps", "experts", "memory", "ranks")
-    expected = {f"chart-{chart}-{kind}" for chart in charts for kind in ("real", "forced")}
+    expected = {f"chart-{chart}-{kind}" for chart in CHARTS for kind in ("real", "forced")}
     assert_readable(two_ranks[0] / "report.html", scheme, expected)
 
 
@@ -211,8 +248,10 @@ def test_page_of_a_large_job_stays_readable(two_ranks: tuple[Path, Command], tmp
     run["prediction"] = {**names, "parts": parts}
     (tmp_path / "report.html").write_text(page(report))
     assert (tmp_path / "report.html").stat().st_size < 4 << 20
-    charts = ("waterfall", "parts", "steps", "prediction", "experts", "memory", "ranks")
-    expected = {f"chart-{chart}-real" for chart in charts}
+    expected = {f"chart-{chart}-real" for chart in (*CHARTS, "prediction")}
+    assert {name: chart.outside for name, chart in charts((tmp_path / "report.html").read_text()).items()} == {
+        name: [] for name in expected
+    }
     assert_readable(tmp_path / "report.html", "light", expected)
 
 

@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,6 @@ FLAGS = (
     "--data.validation_samples", "4",
 )  # fmt: skip
 RANKS = ("--ranks", "2", "--parallel.expert", "2")
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    """Where commands are forked from."""
-    with WarmParent(tmp_path_factory.mktemp("commands")) as parent:
-        yield parent
 
 
 def train(warm: WarmParent, out: Path, *args: str, file_bytes: int = 0) -> Command:

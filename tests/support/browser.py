@@ -93,7 +93,8 @@ def find_browser() -> str:
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(
-            f"no headless browser on this machine (looked for {', '.join(NAMES)}; Debian: apt install chromium)"
+            f"no browser to look at the page with (none of {', '.join(NAMES)} is on PATH): `apt install chromium` on "
+            "Debian, or any Chrome; what needs no browser has been checked by test_page_stands_alone_..."
         )
     return found
 
