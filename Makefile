@@ -65,6 +65,8 @@ test-context: env
 	$(BIN)/python -m pytest tests/distributed/test_context_*.py tests/unit/test_context_schedule.py \
 		tests/unit/test_block_attention.py tests/unit/test_plan_context.py
 
+# The version-sensitive part of the tests: groups, dispatchers, and of every way in which megatron-core is called (each axis,
+# both schedules, overlap, recomputation, the optimizer's state) the largest case. See tests/support/newest.py.
 test-mcore-latest: env
 	$(BIN)/python tools/mcore_latest.py
 

@@ -12,10 +12,9 @@ import torch
 from megavid.config.schema import RunConfig
 from megavid.parallel import mcore
 from tests.support import tolerance
+from tests.support.newest import newest_too
 from tests.support.ranks import RankPool
 from tests.support.tiny_world import LEARNING_RATE, assemble, tiny_config, train
-
-pytestmark = pytest.mark.mcore
 
 DENSE = {
     "microbatch2": (1, {"micro": 2}),
@@ -77,7 +76,6 @@ ROUTERS = {
     "swiglu groups": {"activation": "swiglu", "num_groups": 2, "top_groups": 1, "route_scale": 1.5},
 }
 ROUTER_LAYOUTS = {
-    "tp2 ep2": (2, {"tensor": 2, "expert": 2}),
     "dp2 pp2 microbatch2": (4, {"pipeline": 2, "micro": 2}),
     "cp2 ep2 microbatch2": (2, {"context": 2, "expert": 2, "micro": 2}),
     "cp2 tp2 ep2": (4, {"context": 2, "tensor": 2, "expert": 2}),
@@ -141,17 +139,23 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, rel: float, name: str, ab
 ABSOLUTE = 1e-3 * LEARNING_RATE
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(
+    "name",
+    newest_too(DENSE, "tp2 without sp", "dp2 pp2 vpp2", "tp2 pp2", "overlap", "cp4 hybrid selective"),
+)
 def test_dense_loss_and_weights_do_not_depend_on_the_layout(pool: RankPool, name: str) -> None:
     check(pool, "wan", *DENSE[name])
 
 
-@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize(
+    "name",
+    newest_too(MOE, "ep2 allgather", "tp2 etp2 ep2", "tp2 pp2 vpp2 ep4", "cp2 pp2 vpp2 dp2 ep2", "microbatch4"),
+)
 def test_moe_loss_and_weights_do_not_depend_on_the_layout(pool: RankPool, name: str) -> None:
     check(pool, "wan_moe", *MOE[name])
 
 
-@pytest.mark.parametrize("name", ROUTER_LAYOUTS)
+@pytest.mark.parametrize("name", newest_too(ROUTER_LAYOUTS, "cp2 ep2 microbatch2"))
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_keeps_law_1(pool: RankPool, router: str, name: str) -> None:
     check(pool, "wan_moe", *ROUTER_LAYOUTS[name], router)
@@ -167,7 +171,7 @@ def test_experts_conditioned_by_frames_keep_law_1(pool: RankPool) -> None:
     check(pool, "wan_moe", 2, {"tensor": 2, "expert": 2}, task="i2v")
 
 
-@pytest.mark.parametrize("name", ["tp2", "pp2 vpp2", "ep2", "tp2 pp2 ep2", "cp3", "cp2 tp2"])
+@pytest.mark.parametrize("name", newest_too(["tp2", "tp2 pp2 ep2", "cp2 tp2"], "tp2"))
 def test_bf16_layouts_differ_no_more_than_orders_of_summation(pool: RankPool, name: str) -> None:
     orders = [bf16_losses(pool, 1, {}, parts) for parts in (1, 2, 3, 4)]
     spread = max(abs(a - b) / a for row in zip(*orders) for a in row for b in row)

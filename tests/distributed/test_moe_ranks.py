@@ -31,7 +31,6 @@ def ladder() -> tuple[list[str], list[str], str]:
     return wanted, finished, done.stderr[-6000:]
 
 
-@pytest.mark.mcore
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_experts_in_every_layout_equal_those_of_one_device(
     ladder: tuple[list[str], list[str], str], num_ranks: int

@@ -24,10 +24,9 @@ from megavid.parallel.placement import Piece, is_owner, placement_of
 from megavid.plan.layout import layout_of
 from megavid.plan.parameters import tensors
 from tests.support import plain_wan, tolerance
+from tests.support.newest import newest_too
 from tests.support.ranks import RankPool
 from tests.support.tiny_world import packs_of, tiny_config
-
-pytestmark = pytest.mark.mcore
 
 
 def whole(piece: Piece) -> Tensor:
@@ -148,7 +147,10 @@ def plain_twin(config: Any) -> dict[str, Any]:
     return {"velocity": velocity.detach(), "patches": inputs.patches_BTP.grad, "weights": weights, "valid": valid}
 
 
-@pytest.mark.parametrize(("kind", "name"), MODEL_LAYOUTS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    newest_too(MODEL_LAYOUTS, ("t2v", "one rank"), ("t2v", "cp2 tp2 full recompute"), ("first-last frame", "tp4")),
+)
 def test_sharded_model_equals_its_plain_twin(pool: RankPool, kind: str, name: str) -> None:
     world, options = MODEL_LAYOUTS[kind, name]
     twin = twin_of(kind)
@@ -177,7 +179,7 @@ def run_stage_alone(config: Any, world: int) -> list[tuple[tuple[int, ...], bool
 
 
 @pytest.mark.parametrize("family", ["wan", "wan_moe"])
-@pytest.mark.parametrize(("world", "vpp"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize(("world", "vpp"), newest_too([(4, 1), (2, 2)], (2, 2)))
 def test_every_stage_builds_and_runs_alone(pool: RankPool, family: str, world: int, vpp: int) -> None:
     config = tiny_config(family, pipeline=world, virtual_pipeline=vpp)
     stages = pool.run(world, run_stage_alone, config, world)

@@ -2,7 +2,6 @@
 
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -12,7 +11,6 @@ from megavid.profiling.collectives import names_of
 from megavid.profiling.waits import WaitClock
 from tests.support.ranks import RankPool
 
-pytestmark = pytest.mark.mcore
 LATE_S = 0.3
 
 

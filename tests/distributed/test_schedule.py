@@ -20,6 +20,7 @@ from megavid.plan.traffic import traffic_of
 from megavid.plan.workload import workload_of_run
 from megavid.profiling.collectives import ALONE, Call
 from tests.support.meta_world import meta_calls, real_calls, recordings
+from tests.support.newest import newest_too
 from tests.support.ranks import RankPool
 from tests.support.schedule_match import check, differences
 from tests.support.tiny_world import tiny_config
@@ -45,8 +46,7 @@ def with_microbatches(config: RunConfig, world: int, microbatches: int) -> RunCo
     return replace(config, train=replace(config.train, global_batch_size=dp * microbatches))
 
 
-@pytest.mark.mcore
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", newest_too(SMALL, "dp2 overlap", "tp2 etp2 ep2", "tp2 cp2 pp2 ep4"))
 def test_ranks_on_meta_say_what_real_ranks_say(pool: RankPool, name: str) -> None:
     family, world, parallel = SMALL[name]
     config = with_microbatches(tiny_config(family, **parallel), world, parallel.get("pipeline", 2))

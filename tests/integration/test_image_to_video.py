@@ -1,6 +1,5 @@
 """Image to video from end to end: prepare, train with pictures on the way, fine-tune, and sample from a picture."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,6 @@ FLAGS = (
 )  # fmt: skip
 I2V = ("--model.task", "i2v", "--model.in_channels", "36", "--model.image_size", "12", "--model.image_length", "5")
 TI2V = ("--model.task", "ti2v", "--model.in_channels", "16")
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    """Where commands are forked from."""
-    with WarmParent(tmp_path_factory.mktemp("commands")) as parent:
-        yield parent
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ Commands are forked from a process that has imported everything; one dense run i
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,6 @@ FLAGS = (
     "--optimizer.warmup_steps", "0",
 )  # fmt: skip
 HOW = ("--experts", "8", "--top-k", "4", "--granularity", "2")
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    """Where commands are forked from."""
-    with WarmParent(tmp_path_factory.mktemp("commands")) as parent:
-        yield parent
 
 
 @pytest.fixture(scope="module")
