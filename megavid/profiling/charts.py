@@ -209,7 +209,7 @@ def ticks(high: float) -> list[float]:
 
 PHASES: Mapping[str, str] = {
     "input_wait": "host", "noise": "work2", "schedule": "work", "gradients": "comm", "statistics": "host",
-    "optimizer": "other", "reports": "host",
+    "optimizer": "other", "zero_gradients": "other", "average": "other", "reports": "host",
 }  # fmt: skip
 PHASE_NAMES: Mapping[str, str] = {"schedule": "forward and backward", "input_wait": "input wait"}
 

@@ -21,6 +21,7 @@ from megavid.profiling.charts import (
     steps_chart,
     waterfall_chart,
 )
+from megavid.profiling.waterfall import AXES
 
 Row = Mapping[str, Any]
 
@@ -32,6 +33,8 @@ LEGENDS: Mapping[str, Sequence[tuple[str, str]]] = {
     "prediction": (("again", "predicted"), ("work", "measured")),
     "ranks": (("work", "works"), ("comm", "waits for other ranks")),
 }  # fmt: skip
+SMALL = 0.005
+"""Share of a step below which a part has no bar of its own."""
 MOST_RANKS = 48
 """Ranks that the page shows: those that work longest; report.json has all."""
 
@@ -116,7 +119,8 @@ def _run(report: Row, run: Row) -> str:
         ),
         _figure(
             f"parts-{kind}", "Time of every part", stacked_chart(_part_bars(run["parts"]), "Time of every part"),
-            "The same traced step by part. Communication is shown by axis, beside the parts that it serves.",
+            "The same traced step by part; communication by axis, beside the parts that it serves. Parts below "
+            f"{SMALL:.1%} of the step share a bar; the table has each of them, by phase and group.",
             _parts_table(run["parts"]), legend="parts",
         ),
         _figure(
@@ -160,18 +164,32 @@ def _part_bars(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, str, floa
     parts: dict[str, dict[tuple[str, str], float]] = defaultdict(lambda: defaultdict(float))
     for row in rows:
         phase = row["phase"]
-        name = _part_name(phase, row["part"])
+        name = _part_name(phase, AXES.get(row["part"], row["part"]) if phase == "communication" else row["part"])
         work, host = row["operators_s"], row["host_s"]
         if phase == "communication":
             work, host = work + host, 0.0
         parts[name][kinds[phase], phase] += work
         parts[name]["host", "host"] += host
+    _join_small(parts)
     order = [*kinds.values(), "host"]
     bars = []
     for name, pieces in parts.items():
         ordered = sorted(pieces.items(), key=lambda piece: order.index(piece[0][0]))
         bars.append((name, [(kind, phase, value) for (kind, phase), value in ordered], seconds(sum(pieces.values()))))
     return sorted(bars, key=lambda bar: -sum(value for _, _, value in bar[1]))
+
+
+def _join_small(parts: dict[str, dict[tuple[str, str], float]]) -> None:
+    """Make one of the parts that would not be seen; what belongs to no part stays by itself."""
+    least = SMALL * sum(sum(pieces.values()) for pieces in parts.values())
+    small = [name for name, pieces in parts.items() if sum(pieces.values()) < least and name != "no part"]
+    if len(small) < 2:
+        return
+    joined: dict[tuple[str, str], float] = defaultdict(float)
+    for name in small:
+        for piece, value in parts.pop(name).items():
+            joined[piece] += value
+    parts[f"{len(small)} smaller parts"] = joined
 
 
 def _part_name(phase: str, part: str) -> str:
