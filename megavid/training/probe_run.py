@@ -44,7 +44,7 @@ from megavid.training.profile_report import cpu_name
 from megavid.training.state import TrainState
 from megavid.training.step import TrainStep
 
-STEP_SECONDS = 1.5
+STEP_SECONDS = 1.2
 """Time for the steps of one model of the probe, its warm-up left out."""
 LEAST_STEPS, MOST_STEPS = 3, 60
 WARMUP = 2
