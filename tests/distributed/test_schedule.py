@@ -6,9 +6,11 @@ the plan's.
 """
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,20 +121,40 @@ def swapped(first: Call, second: Call) -> tuple[Call, Call]:
 
 
 LARGE: dict[str, list[str]] = {
-    "dp64 tp4 pp4 ep8": [],
+    "dp64 tp4 pp4 ep8": [
+        "--parallel.tensor=4", "--parallel.context=1", "--parallel.pipeline=4", "--parallel.virtual_pipeline=1",
+        "--parallel.expert=8", "--parallel.recompute=full", "--parallel.overlap_grad_reduce=false",
+        "--parallel.overlap_param_gather=false", "--model.num_layers=16",
+    ],
     "dp16 tp2 cp4 pp8 vpp2 ep16": [
         "--parallel.tensor=2", "--parallel.context=4", "--parallel.context_strategy=hybrid", "--parallel.pipeline=8",
         "--parallel.virtual_pipeline=2", "--parallel.expert=16", "--parallel.recompute=selective",
+        "--model.num_layers=16",
+    ],
+    # What the search recommends for 1,024 H100, see README.md.
+    "dp32 tp2 cp4 pp4 vpp5 ep8": [
+        "--parallel.tensor=2", "--parallel.context=4", "--parallel.context_strategy=ulysses", "--parallel.pipeline=4",
+        "--parallel.virtual_pipeline=5", "--parallel.expert=8", "--parallel.recompute=selective",
+        "--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true", "--model.num_layers=20",
     ],
 }  # fmt: skip
-DEPTH = "--model.num_layers=16"
-"""Of 40: a stage only says the same for each layer, and each takes its time here."""
+"""Of 40 blocks: a stage only says the same for each, and each takes its time here."""
+
+
+def test_what_the_readme_recommends_is_among_the_large_jobs() -> None:
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = page.partition("--world-size 1024 --gpu h100-80gb --search")[2].partition("<!--")[0]
+    command = block.partition("\nCommand\n")[2].partition("```")[0].replace("\\\n", " ").split()
+    flags = dict(itertools.pairwise(command))
+    recommended = {f"{key}={value}" for key, value in flags.items() if key.startswith("--parallel.")}
+    preset = load_run("wan_moe_100b_a20b", sorted(recommended)).parallel
+    assert preset in [load_run("wan_moe_100b_a20b", flags).parallel for flags in LARGE.values()]
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_flagship_on_1024_ranks_fits_and_sends_what_is_planned(pool: RankPool, name: str) -> None:
     world = 1024
-    config = load_run("wan_moe_100b_a20b", [*LARGE[name], DEPTH])
+    config = load_run("wan_moe_100b_a20b", LARGE[name])
     config = with_microbatches(config, world, config.parallel.pipeline)
     layout = layout_of(config, world)
     firsts = first_ranks(layout)
