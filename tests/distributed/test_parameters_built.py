@@ -13,7 +13,7 @@ Case = tuple[str, list[str], int, int]
 
 def _flags(**degrees: int) -> list[str]:
     """Every degree, those of the preset set back to one."""
-    names = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
+    names = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
     flags = [item for name in names for item in (f"--parallel.{name}", str(degrees.get(name, 1)))]
     return [*flags, "--train.global_batch_size", "1024"]
 

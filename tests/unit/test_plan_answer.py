@@ -15,6 +15,7 @@ from megavid.plan.hardware import hardware
 from megavid.plan.job import Job
 from megavid.plan.layout import layout_of
 from megavid.plan.workload import workload_of_clip
+from tests.support.flagship import PLAIN
 
 H100 = hardware("h100-80gb")
 
@@ -41,14 +42,14 @@ def test_causes_add_up_to_the_step() -> None:
 
 
 def test_few_microbatches_make_the_bubble_bind_and_more_chunks_are_advised() -> None:
-    found = plan("wan_moe_100b_a20b", 1024, "--parallel.pipeline", "8", "--parallel.tensor", "4",
+    found = plan("wan_moe_100b_a20b", 1024, *PLAIN, "--parallel.pipeline", "8", "--parallel.tensor", "4",
                  "--train.global_batch_size", "256")  # fmt: skip
     assert found.binding.name == "bubble"
     assert found.binding.share == pytest.approx(found.time.parts["bubble"] / found.time.total)
     advice = next(text for text in found.binding.advice if "bubble" in text)
     chunks = re.search(r"virtual_pipeline = (\d+)", advice)
     assert chunks
-    better = plan("wan_moe_100b_a20b", 1024, "--parallel.pipeline", "8", "--parallel.tensor", "4",
+    better = plan("wan_moe_100b_a20b", 1024, *PLAIN, "--parallel.pipeline", "8", "--parallel.tensor", "4",
                   "--train.global_batch_size", "256", "--parallel.virtual_pipeline", chunks[1])  # fmt: skip
     assert better.time.parts["bubble"] < found.time.parts["bubble"]
 

@@ -22,10 +22,11 @@ from megavid.plan.memory import (
 )
 from megavid.plan.parameters import count_rank
 from megavid.plan.workload import workload_of_clip
+from tests.support.flagship import PLAIN
 
 
 def flagship(*flags: str) -> RunConfig:
-    return load_run("wan_moe_100b_a20b", ["--train.global_batch_size", "1024", *flags])
+    return load_run("wan_moe_100b_a20b", ["--train.global_batch_size", "1024", *PLAIN, *flags])
 
 
 def test_optimizers_of_all_ranks_have_every_number_once() -> None:

@@ -15,6 +15,7 @@ from megavid.plan.kernels import Attention, Exchange, Machine, Product
 from megavid.plan.layout import Layout, layout_of
 from megavid.plan.time import mfu, operator_counts, stages_of, step_time
 from megavid.plan.workload import Workload, workload_of_clip, workload_of_run
+from tests.support.flagship import PLAIN
 
 H100 = hardware("h100-80gb")
 CALIBRATION = default_calibration(H100)
@@ -27,7 +28,7 @@ def planned(preset: str, world: int, *overrides: str) -> tuple[RunConfig, Layout
     return config, layout_of(config, world), workload
 
 
-FLAGSHIP = ("wan_moe_100b_a20b", 1024, "--train.global_batch_size", "1024")
+FLAGSHIP = ("wan_moe_100b_a20b", 1024, *PLAIN, "--train.global_batch_size", "1024")
 
 
 def test_attention_alone_takes_what_its_published_benchmark_measured() -> None:

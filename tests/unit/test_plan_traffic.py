@@ -9,6 +9,7 @@ from megavid.config.schema import RunConfig
 from megavid.plan.layout import layout_of
 from megavid.plan.traffic import Transfer, traffic_of
 from megavid.plan.workload import workload_of_run
+from tests.support.flagship import PLAIN
 
 
 def traffic(config: RunConfig, world: int, *, stage: int = 0, domain: int = 8) -> dict[tuple[str, str], list[Transfer]]:
@@ -20,7 +21,7 @@ def traffic(config: RunConfig, world: int, *, stage: int = 0, domain: int = 8) -
 
 
 def flagship(*flags: str) -> RunConfig:
-    return load_run("wan_moe_100b_a20b", ["--train.global_batch_size", "1024", *flags])
+    return load_run("wan_moe_100b_a20b", ["--train.global_batch_size", "1024", *PLAIN, *flags])
 
 
 def test_one_rank_sends_nothing() -> None:
