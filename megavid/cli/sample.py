@@ -1,4 +1,4 @@
-"""``megavid sample``: clips from prompts, with the weights of a checkpoint, in any layout.
+"""``megavid sample``: clips from prompts, with the weights of a checkpoint in any layout, or of a served folder.
 
 Owns the arguments and the files that come out. The sampler's loop is ``megavid.training.sampling``'s.
 """
@@ -17,7 +17,7 @@ from megavid.plan.layout import layout_of
 if TYPE_CHECKING:
     from megavid.training.sample_run import SampleRequest
 
-HELP = "sample clips of prompts from a checkpoint, in any layout"
+HELP = "sample clips of prompts from a checkpoint in any layout, or from a pipeline folder"
 
 USAGE = """\
 usage: megavid sample FOLDER --prompt TEXT [--prompt TEXT ...] --out FILE.mp4 [options]

@@ -231,6 +231,9 @@ def test_weights_in_eight_bits_are_within_the_stated_error() -> None:
     assert (error <= torch.maximum(RELATIVE_ERROR * weight.abs(), ABSOLUTE_ERROR * scale.unsqueeze(-1))).all()
     assert (error > 0.4 * RELATIVE_ERROR * weight.abs()).any()
     assert torch.equal(scale.log2().round().exp2(), scale)
+    largest = weight.abs().amax(-1) / scale
+    assert ((largest >= 224) | (largest == 0)).all()
+    assert (largest <= 448).all()
     assert torch.equal(back.to(torch.bfloat16), dequantize_rows(bits, scale, torch.bfloat16))
     assert torch.equal(back.to(torch.bfloat16).float(), back)
 
