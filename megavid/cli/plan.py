@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     if take_flag(rest, "--hindcast"):
         return _hindcast(rest)
     request = parse(rest)
-    config = load_run(request.preset, request.overrides)
+    config = load_run(request.preset, request.overrides, world_size=request.world_size)
     if request.clips:
         return _data(request, config)
     gpu = _machine(request)

@@ -19,7 +19,7 @@ from megavid.cli.tables import (
     words,
     wrapped,
 )  # fmt: skip
-from megavid.config.load import load_run
+from megavid.config.load import DEGREES, layout_sizes, load_run
 from megavid.config.resume import differences
 from megavid.plan.answer import Answer
 from megavid.plan.flops import PARTS
@@ -87,8 +87,13 @@ def command_of(preset: str, overrides: Words, answer: Answer) -> str:
 
 def _differences(preset: str, answer: Answer) -> dict[str, str]:
     """Keys of the answer's config whose values are not the preset's, as the command line takes them."""
-    plain = load_run(preset, [])
-    return {key: _value(new) for key, _, new in differences(plain, answer.config)}
+    ranks = answer.layout.world_size
+    plain = load_run(preset, [], world_size=ranks)
+    if plain.parallel == answer.config.parallel or ranks not in layout_sizes(preset):
+        return {key: _value(new) for key, _, new in differences(plain, answer.config)}
+    # Another layout than the preset's for so many ranks: naming a degree is what replaces that one.
+    keys = {key: _value(new) for key, _, new in differences(load_run(preset, []), answer.config)}
+    return keys if set(DEGREES) & keys.keys() else {DEGREES[0]: _value(answer.config.parallel.tensor), **keys}
 
 
 def _value(value: object) -> str:

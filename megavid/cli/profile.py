@@ -105,6 +105,7 @@ def run(config: RunConfig, request: Request, command: tuple[str, ...]) -> None:
     from megavid.cli.ranks import find_ranks
 
     env, num_ranks = find_ranks(request.ranks)
+    config = load_run(request.preset, request.overrides, world_size=num_ranks)
     layout = layout_of(config, num_ranks)
     machine = load_probe(request.calibration) if request.calibration else None
 

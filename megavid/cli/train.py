@@ -28,7 +28,8 @@ usage: megavid train PRESET_OR_TOML --out DIR [--ranks N] [--resume-step N] [--t
   --take-over      replace another start that still holds DIR, such as one on a lost node: it ends with status 5 and
                    writes nothing more (a requeued Slurm job does so by itself)
 
-The same command on the same DIR goes on after the latest checkpoint, in any layout.
+The same command on the same DIR goes on after the latest checkpoint, in any layout. A preset's [layouts] names the
+layout for each number of ranks (docs/cluster.md); a --parallel degree on the command line replaces it.
 """
 
 
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     from megavid.parallel.launch import run_local_ranks
 
     env, num_ranks = find_ranks(request.ranks)
+    config = load_run(request.preset, request.overrides, world_size=num_ranks)
     layout = layout_of(config, num_ranks)
 
     import torch

@@ -1,8 +1,8 @@
 """The strict loader: TOML tables and ``--section.key value`` flags become the schema's frozen dataclasses.
 
 Owns reading, merging, type checks and writing. Precedence: defaults of the schema < ``base`` preset (one
-level) < preset < flags. What values mean together is the schema's and ``megavid.plan.layout``'s. Every error
-is one ``ConfigError`` line.
+level) < preset < its entry of ``[layouts]`` for this world size < flags. What values mean together is the schema's and
+``megavid.plan.layout``'s. Every error is one ``ConfigError`` line.
 
 tyro renders ``--help`` from the same dataclasses, but does not parse: its errors
 are boxes of several lines, it reads no files, and a misspelt key in a file and on the command line should
@@ -19,28 +19,37 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from megavid.config.schema import RunConfig
+from megavid.config.schema import ParallelConfig, RunConfig
 from megavid.errors import ConfigError
 
 Config = TypeVar("Config")
+DEGREES = tuple(
+    f"parallel.{name}" for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+)
+"""Keys that say how many ranks share what: one of them as a flag replaces the preset's ``[layouts]``."""
 _WORDS = {"true": True, "false": False}
 
 
-def load_run(preset_or_path: str, overrides: Sequence[str]) -> RunConfig:
+def load_run(preset_or_path: str, overrides: Sequence[str], *, world_size: int = 0) -> RunConfig:
     """Read a preset by name, or a ``.toml`` file, and lay the flags over it.
 
     Args:
         preset_or_path: name of a preset of the package (``tiny``), or a path that ends in ``.toml``.
         overrides: ``--section.key value`` or ``--section.key=value`` items; where a key comes twice, the last
             one counts.
+        world_size: ranks of the run: the preset's ``[layouts]`` entry for that many is laid over its ``[parallel]``,
+            unless a flag names a degree (``DEGREES``): then the layout is chosen by hand. 0 for no such entry.
 
     Raises:
         ConfigError: no such preset or file, broken TOML, an unknown key, a wrong type, a value out of range.
     """
-    table = _read_layers(preset_or_path)
-    for key, text in _pairs(overrides):
+    layer = _read_layers(preset_or_path)
+    table, flags = layer.table, list(_pairs(overrides))
+    if world_size in layer.layouts and not any(key in DEGREES for key, _ in flags):
+        _merge(table, {"parallel": layer.layouts[world_size]})
+    for key, text in flags:
         _set(table, key, _of_text(_leaf_type(key), text, key))
     return _build(RunConfig, table)
 
@@ -75,35 +84,65 @@ def dump_toml(config: object) -> str:
 # Reading
 
 
-def _read_layers(preset_or_path: str) -> dict[str, Any]:
-    """The checked tables of a preset and of its base, merged."""
-    own, base = _read(preset_or_path, Path())
-    if base is None:
+class _Layer(NamedTuple):
+    """What one file says, checked."""
+
+    table: dict[str, Any]
+    base: str | None
+    layouts: dict[int, dict[str, Any]]
+    """Keys of ``parallel`` by world size."""
+
+
+def _read_layers(preset_or_path: str) -> _Layer:
+    """A preset and its base, merged."""
+    own = _read(preset_or_path, Path())
+    if own.base is None:
         return own
     folder = Path(preset_or_path).parent if preset_or_path.endswith(".toml") else Path()
-    table, deeper = _read(base, folder)
-    if deeper is not None:
+    under = _read(own.base, folder)
+    if under.base is not None:
         raise ConfigError(
-            f"{preset_or_path}: base = {base!r} has a base of its own ({deeper!r}); one level is allowed, "
-            f"so name {deeper!r} or write its keys out"
+            f"{preset_or_path}: base = {own.base!r} has a base of its own ({under.base!r}); one level is allowed, "
+            f"so name {under.base!r} or write its keys out"
         )
-    _merge(table, own)
-    return table
+    _merge(under.table, own.table)
+    return _Layer(under.table, None, {**under.layouts, **own.layouts})
 
 
-def _read(preset_or_path: str, folder: Path) -> tuple[dict[str, Any], str | None]:
-    """One file's checked table and the name of its base; a path is looked up from ``folder``."""
+def _read(preset_or_path: str, folder: Path) -> _Layer:
+    """One file's checked tables and the name of its base; a path is looked up from ``folder``."""
     try:
         table = tomllib.loads(_text(preset_or_path, folder))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{preset_or_path}: not valid TOML: {error}") from None
-    base = table.pop("base", None)
+    base, layouts = table.pop("base", None), table.pop("layouts", {})
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"{preset_or_path}: base must be the name of a preset, got {base!r}")
     try:
-        return _checked(RunConfig, table, ""), base
+        return _Layer(_checked(RunConfig, table, ""), base, _checked_layouts(layouts))
     except ConfigError as error:
         raise ConfigError(f"{preset_or_path}: {error}") from None
+
+
+def _checked_layouts(layouts: Any) -> dict[int, dict[str, Any]]:
+    """``[layouts]``: keys of ``parallel`` for each number of ranks."""
+    if not isinstance(layouts, dict):
+        raise ConfigError(f"layouts must be a table by number of ranks, got {layouts!r}")
+    for size, table in layouts.items():
+        if not size.isdecimal() or int(size) < 1 or size != str(int(size)):
+            raise ConfigError(f"layouts.{size}: a layout is named by its number of ranks, as in [layouts.16]")
+        if not isinstance(table, dict):
+            raise ConfigError(f"layouts.{size} must be a table of keys of [parallel], got {table!r}")
+    return {int(size): _checked(ParallelConfig, table, f"layouts.{size}") for size, table in layouts.items()}
+
+
+def layout_sizes(preset_or_path: str) -> list[int]:
+    """World sizes that a preset's ``[layouts]`` names, rising.
+
+    Raises:
+        ConfigError: as ``load_run``.
+    """
+    return sorted(_read_layers(preset_or_path).layouts)
 
 
 def _text(preset_or_path: str, folder: Path) -> str:
