@@ -3,7 +3,7 @@
 import pytest
 
 from megavid.errors import ConfigError
-from megavid.parallel import launch
+from megavid.parallel import rank_env
 from megavid.parallel.launch import RankEnv, first_host, run_local_ranks
 
 
@@ -19,7 +19,7 @@ def test_torchrun_is_read() -> None:
 
 
 def test_srun_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(rank_env.shutil, "which", lambda name: None)
     environ = {
         "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0",
         "SLURM_STEP_NODELIST": "gpu[003-006]",
@@ -54,7 +54,7 @@ def test_a_variable_that_is_no_number_is_named(wrong: str) -> None:
     ],
 )
 def test_first_host_without_scontrol(monkeypatch: pytest.MonkeyPatch, nodes: str, first: str) -> None:
-    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(rank_env.shutil, "which", lambda name: None)
     assert first_host(nodes) == first
 
 
