@@ -25,19 +25,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What diffusers' class is given, by variant."""
 
 
-def tiny_wan(variant: str = "t2v", seed: int = 0) -> WanTransformer3DModel:
-    """A model with random numbers in every tensor, those that begin at zero or one too."""
+def tiny_wan(variant: str = "t2v", seed: int = 0, **options: Any) -> WanTransformer3DModel:
+    """A model with random numbers in every tensor, those that begin at zero or one too; ``options`` override."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        model = WanTransformer3DModel(**{**TINY, **VARIANTS[variant]})
+        model = WanTransformer3DModel(**{**TINY, **VARIANTS[variant], **options})
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.eval()
 
 
-def save_wan(folder: Path, variant: str = "t2v", *, dtype: torch.dtype = torch.float32, shard: str = "10GB") -> Path:
+def save_wan(
+    folder: Path, variant: str = "t2v", *, dtype: torch.dtype = torch.float32, shard: str = "10GB", **options: Any
+) -> Path:
     """diffusers' own folder of ``tiny_wan``."""
-    tiny_wan(variant).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    tiny_wan(variant, **options).to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 
 

@@ -106,7 +106,7 @@ def test_bytes_lost_behind_the_journal_are_written_again(tmp_path: Path) -> None
     killed_at(src, tmp_path / "dst", "diffusers", 200_000, sync=1, shard=10**9)
     (file,) = (tmp_path / "dst.partial").glob("*.safetensors")
     with open(file, "r+b") as opened:
-        opened.seek(-4000, os.SEEK_END)
+        opened.seek(60_000)  # within a tensor that the journal lists
         opened.write(bytes(3000))
     write_model(open_model(src), tmp_path / "dst", to="diffusers", max_shard_bytes=10**9)
     assert_same_files(tmp_path / "dst", src)

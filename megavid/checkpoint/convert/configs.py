@@ -28,6 +28,7 @@ CLASSES: dict[str, Layout] = {
 _ROPE_LENGTH = 1024
 _QK_NORM = "rms_norm_across_heads"
 _IMAGE_LENGTH = 257  # tokens of one picture
+_FRAME_RATES = {"ti2v": 6.0}  # Wan 2.2's 5B model is of 24 frames a second, all others of 16; 4 in a latent frame
 _ORIGINAL_IMAGE_SIZE = 1280
 _ORIGINAL_TEXT_SIZE = 4096
 
@@ -142,6 +143,7 @@ def _of_diffusers(fields: Mapping[str, Any], recorded: Recorded, where: str, *, 
     _require(given, where, cross_attn_norm=True, qk_norm=_QK_NORM, rope_max_seq_len=_ROPE_LENGTH)
     _require(given, where, added_kv_proj_dim=width if image_size else None)
     out_channels = given["out_channels"] or given["in_channels"]
+    task = recorded.get("task", _task(given["in_channels"], out_channels))
     table: dict[str, Any] = {
         "family": "wan",
         "num_layers": given["num_layers"],
@@ -155,8 +157,8 @@ def _of_diffusers(fields: Mapping[str, Any], recorded: Recorded, where: str, *, 
         "text_length": recorded.get("text_length", 512),
         "frequency_size": given["freq_dim"],
         "norm_eps": given["eps"],
-        "latent_frame_rate": recorded.get("latent_frame_rate", 4.0),
-        "task": recorded.get("task", _task(given["in_channels"], out_channels)),
+        "latent_frame_rate": recorded.get("latent_frame_rate", _FRAME_RATES.get(task, 4.0)),
+        "task": task,
         "image_size": image_size,
     }
     if image_size:
@@ -227,7 +229,7 @@ def _of_original(
         "text_length": given["text_len"],
         "frequency_size": given["freq_dim"],
         "norm_eps": given["eps"],
-        "latent_frame_rate": recorded.get("latent_frame_rate", 4.0),
+        "latent_frame_rate": recorded.get("latent_frame_rate", _FRAME_RATES.get(kind, 4.0)),
         "task": "i2v" if kind == "flf2v" else kind,
         "image_size": image,
     }

@@ -68,8 +68,8 @@ class Call:
         if self.image_BLI is not None:
             # With positions, diffusers wants the pictures of a clip apart and joins them itself.
             pictures = 2 if model.image_positions else 1
-            apart = torch.unflatten(self.image_BLI, 1, (pictures, -1))
-            arguments["encoder_hidden_states_image"] = apart.flatten(0, 1)
+            tokens, width = self.image_BLI.shape[1:]
+            arguments["encoder_hidden_states_image"] = self.image_BLI.reshape(-1, tokens // pictures, width)
         return arguments
 
     def to_engine(self, model: ModelConfig) -> ModelInput:
