@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 
 STAMP := $(VENV)/.built
 
-.PHONY: help env demo test lint format unit distributed pytest test-context test-mcore-latest clean
+.PHONY: help env demo test lint format unit distributed pytest test-context test-slurm test-mcore-latest clean
 
 help:
 	@echo "make demo               environment, demo videos, shards, training on 4 CPU ranks, sampled video; under runs/demo"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint | format      what CI checks of the source | rewrite it so"
 	@echo "make unit | distributed parts of the tests"
 	@echo "make test-context       context parallelism: every strategy, split and mask against attention on one rank"
+	@echo "make test-slurm         a real Slurm cluster of four nodes on this machine (root, slurm-wlm and munge; else skipped)"
 	@echo "make test-mcore-latest  distributed tests on the newest megatron-core's sources (skipped when offline)"
 	@echo "make clean              remove the environment and caches (not runs/)"
 
@@ -64,6 +65,10 @@ distributed: env
 test-context: env
 	$(BIN)/python -m pytest tests/distributed/test_context_*.py tests/unit/test_context_schedule.py \
 		tests/unit/test_block_attention.py tests/unit/test_plan_context.py
+
+# Part of `make test` too, wherever Slurm is installed.
+test-slurm: env
+	$(BIN)/python -m pytest tests/slurm -rs
 
 # The version-sensitive part of the tests: groups, dispatchers, and of every way in which megatron-core is called (each axis,
 # both schedules, overlap, recomputation, the optimizer's state) the largest case. See tests/support/newest.py.

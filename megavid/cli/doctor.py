@@ -18,6 +18,7 @@ from typing import Literal
 
 from megavid import __version__
 from megavid.cli.versions import VERSIONS
+from megavid.cluster.environment import ORDERED, USUAL, Setting
 
 HELP = "what this machine has (CUDA, Transformer Engine, apex, ...), and what is therefore on or off"
 
@@ -58,7 +59,7 @@ def examine() -> list[Finding]:
     probes: list[Callable[[], Finding]] = [
         *(_python, _torch, _megatron_core, _cuda, _communication),
         *(_transformer_engine, _apex, _deepspeed, _flex_dispatchers, _compiled_ops),
-        *(_inference, _video, _versions),
+        *(_inference, _video, _versions, _job, _caches),
     ]
     return [probe() for probe in probes]
 
@@ -228,6 +229,31 @@ def _versions() -> Finding:
         found,
         f"README's table of versions: {rows[0].setting}, {rows[0].tested}",
     )
+
+
+def _job() -> Finding:
+    name = "job's environment"
+    if not {"SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        return Finding(name, "off", "not inside a job of Slurm or torchrun", "run me inside one to have it checked")
+    wanted = (*USUAL, Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", f"TP, CP, EP and overlap: {ORDERED}"))
+    wrong = [setting for setting in wanted if os.environ.get(setting.name) != setting.value]
+    if not wrong:
+        return Finding(name, "on", ", ".join(setting.name for setting in wanted), "as examples/slurm/env.sh sets it")
+    found = ", ".join(f"{setting.name} = {os.environ.get(setting.name, 'unset')}" for setting in wrong)
+    reasons = "; ".join(f"{setting.name}={setting.value}: {setting.reason}" for setting in wrong)
+    return Finding(name, "warn", found, f"on GPUs set {reasons}")
+
+
+def _caches() -> Finding:
+    name = "compile caches"
+    folders = {key: os.environ[key] for key in CACHES if key in os.environ}
+    if not {"SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"} & os.environ.keys() or len(folders) == len(CACHES):
+        return Finding(name, "on", ", ".join(folders.values()) or "the defaults, in the home folder", "as set")
+    missing = ", ".join(key for key in CACHES if key not in folders)
+    return Finding(name, "warn", f"unset: {missing}", "ranks of many nodes share the home folder: name node-local ones")
+
+
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
 def _torch_cuda() -> str:

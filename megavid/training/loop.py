@@ -5,7 +5,6 @@ Owns the order of things. Every decision that ends or changes the run is taken b
 
 import math
 import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from megavid.diffusion.objective import FlowObjective
 from megavid.errors import CheckpointError, NumericalStop, StopRequested
 from megavid.models.runner import build_engine
 from megavid.parallel.engine import Engine
+from megavid.parallel.host import host_name
 from megavid.parallel.mesh import Mesh
 from megavid.profiling.peak import known_peak
 from megavid.training.build import build_callbacks
@@ -140,7 +140,7 @@ def write_start(run: Run, start: Start) -> None:
     row = {
         "rank": mesh.rank,
         "pid": os.getpid(),
-        "host": platform.node(),
+        "host": host_name(),
         "coordinates": mesh.coordinates,
         "parameters": sum(parameter.numel() for parameter in run.engine.parameters()),
     }

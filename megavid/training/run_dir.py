@@ -10,7 +10,6 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import re
 import time
 import traceback
@@ -26,6 +25,7 @@ from megavid.config.load import dump_toml, load_run
 from megavid.config.resume import first_difference
 from megavid.config.schema import RunConfig
 from megavid.errors import CheckpointError, ConfigError, MegavidError, StorageError
+from megavid.parallel.host import host_name
 from megavid.training.metrics import row_text
 
 ERROR_CHARACTERS = 8000
@@ -155,7 +155,7 @@ class RunDir:
         is_ours = isinstance(error, MegavidError)
         text = str(error) if is_ours else "".join(traceback.format_exception(error))[-ERROR_CHARACTERS:]
         row = {
-            "rank": rank, "host": platform.node(), "pid": os.getpid(), "kind": type(error).__name__, "message": text,
+            "rank": rank, "host": host_name(), "pid": os.getpid(), "kind": type(error).__name__, "message": text,
             "at": time.time(), "start": self.fence.token,
         }  # fmt: skip
         with contextlib.suppress(OSError):

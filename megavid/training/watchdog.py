@@ -8,7 +8,6 @@ connection of the watchdog's own, never through a collective: those are what han
 import faulthandler
 import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from megavid.config.watchdog import WatchdogConfig
 from megavid.errors import MegavidError, RankLost
+from megavid.parallel.host import host_name
 from megavid.parallel.launch import RankEnv
 from megavid.training.flight import FlightRecorder, read_slot
 from megavid.training.verdict import Report, judge
@@ -72,7 +72,7 @@ class Watchdog:
                 self.env.master_address, self.env.master_port, is_master=False, timeout=timedelta(seconds=60)
             )
         here: list[Any] = [None] * self.env.world_size
-        dist.all_gather_object(here, (platform.node(), os.getpid()))
+        dist.all_gather_object(here, (host_name(), os.getpid()))
         self._hosts = dict(enumerate(here))
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         if self._store is not None:

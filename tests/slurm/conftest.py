@@ -16,7 +16,7 @@ def cluster() -> Iterator[SlurmCluster]:
     if reason:
         pytest.skip(f"no local Slurm cluster: {reason}")
     # Not under pytest's own folder, which only its owner may enter: munged refuses a socket that not all can reach.
-    with tempfile.TemporaryDirectory(prefix="megavid-slurm-") as folder:
-        Path(folder).chmod(0o755)
-        with SlurmCluster(Path(folder)) as running:
-            yield running
+    folder = Path(tempfile.mkdtemp(prefix="megavid-slurm-"))
+    folder.chmod(0o755)
+    with SlurmCluster(folder) as running:  # removes it
+        yield running

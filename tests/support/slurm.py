@@ -2,7 +2,7 @@
 
 Owns the daemons' configuration, start and end, and the few questions that tests ask of Slurm. Nothing outside the
 folder is written; no systemd, no /etc, no slurm user. Run as a script, this file is the keeper: it waits until the
-tests have ended in any way, kill -9 included, and ends every process of the cluster, jobs too.
+tests have ended in any way, kill -9 included, ends every process of the cluster, jobs too, and removes the folder.
 """
 
 import os
@@ -27,6 +27,7 @@ SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -172,10 +173,11 @@ class SlurmCluster:
     def _wait_idle(self) -> None:
         deadline = time.monotonic() + 25
         while (text := self.ask("sinfo", "-h", "-N", "-o", "%N %T")).count("idle") < NODES:
-            assert time.monotonic() < deadline, f"nodes are not idle: {text}\n{self._log()}"
+            assert time.monotonic() < deadline, f"nodes are not idle: {text}\n{self.controller_log()}"
             time.sleep(0.1)
 
-    def _log(self) -> str:
+    def controller_log(self) -> str:
+        """The end of what slurmctld wrote."""
         file = self.folder / "log" / "slurmctld.log"
         return file.read_text()[-2000:] if file.exists() else "no slurmctld.log"
 
@@ -204,6 +206,24 @@ class SlurmCluster:
         """What ``scontrol show job`` says of it, by field."""
         return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "show", "job", "-o", job)))
 
+    def hosts(self, job: str) -> list[str]:
+        """Nodes that it ran on last."""
+        return self.ask("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
+
+    def end(self, job: str) -> None:
+        """Have it gone, whatever it is doing."""
+        if self.job(job)["JobState"] in ENDED:
+            return
+        with suppress(AssertionError):
+            self.ask("scontrol", "update", f"JobId={job}", "Requeue=0")
+            self.ask("scancel", "--signal=KILL", "--full", job)
+        for pid in self.processes(job):
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(AssertionError):
+            self.ask("scancel", job)
+        self.wait_end(job, 30.0)
+
     def wait_end(self, job: str, timeout_s: float = 120.0) -> str:
         """Wait until it has ended for good; its state."""
         return self.wait_state(job, *ENDED, timeout_s=timeout_s)
@@ -216,18 +236,22 @@ class SlurmCluster:
             time.sleep(0.2)
         return state
 
-    def wait_log(self, job: str, text: str, timeout_s: float = 120.0) -> None:
-        """Wait until ``text`` stands in the job's log."""
+    def wait_log(self, job: str, text: str, timeout_s: float = 120.0, start: int = 0) -> None:
+        """Wait until ``text`` stands in the job's log, at character ``start`` or later."""
         deadline = time.monotonic() + timeout_s
-        while text not in self.log(job):
+        while text not in self.log(job)[start:]:
             state = self.job(job)["JobState"]
             is_over = state in ENDED or time.monotonic() > deadline
             assert not is_over, f"job {job}, {state}, did not write {text!r}:\n{self.log(job)}"
             time.sleep(0.1)
 
     def start_now(self, job: str, timeout_s: float = 40.0) -> None:
-        """Start a requeued job at once: by itself it waits two minutes."""
+        """Start a requeued job: by itself it waits two minutes.
+
+        A moment later than its end: nodes refuse a start whose credential is of the second in which they ended the job.
+        """
         self.wait_state(job, "PENDING", timeout_s=timeout_s)
+        time.sleep(3)
         deadline = time.monotonic() + timeout_s
         while self.job(job)["JobState"] == "PENDING":
             assert time.monotonic() < deadline, f"job {job} does not start: {self.job(job)}"
@@ -246,8 +270,11 @@ class SlurmCluster:
 
 
 def _free_ports(count: int) -> int:
-    """First of ``count`` neighbouring ports that nobody listens on, below those that systems give out."""
-    for port in range(12_000 + os.getpid() % 7000, 32_000, count + 3):
+    """First of ``count`` neighbouring ports that nobody listens on, below those that jobs take.
+
+    Jobs are numbered from it, so that those of clusters which run side by side take other ports for their ranks.
+    """
+    for port in range(12_000 + os.getpid() % 4000, 19_000, count + 3):
         with suppress(OSError):
             for i in range(count):
                 with socket.socket() as probe:
@@ -290,6 +317,7 @@ def _keep(folder: Path) -> None:
         deadline = time.monotonic() + patience_s
         while left() and time.monotonic() < deadline:
             time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+# Signals, exit codes and restarts of a job: sourced by the .sbatch files after env.sh. Nothing to edit.
+#
+#   run_ranks ARGS...   starts `megavid ARGS` on every rank, hands USR1 and TERM on, sets $status
+#   preflight ARGS...   with MEGAVID_PREFLIGHT=1: `megavid preflight ARGS` first
+#   finish              requeues or stops by $status, and ends the script
+# shellcheck shell=bash disable=SC2154
+
+# Faults in a row (lost rank, storage, machine) after which the job stops: the counter starts anew at a newer checkpoint.
+MAX_FAULTS=${MEGAVID_MAX_FAULTS:-3}
+# Requeue the job itself, or leave the rest to the next job of a chain (`megavid launch slurm --chain`).
+RESTART_BY=${MEGAVID_RESTART_BY:-requeue}
+
+say() { echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $(date '+%F %T'): $*"; }
+
+# The value of --out among the arguments: the folder of the run.
+out_of() {
+    local before=""
+    for word in "$@"; do
+        [ "$before" = --out ] && echo "$word"
+        [[ $word == --out=* ]] && echo "${word#--out=}"
+        before=$word
+    done
+}
+
+run_ranks() {
+    OUT=$(out_of "$@")
+    [ -n "$OUT" ] || { echo "sbatch ${0##*/}: --out DIR is missing among its arguments" >&2; exit 2; }
+    mkdir -p "$OUT/slurm"
+    local command=("${MEGAVID[@]}" "$@")
+    if [ "$RANKS_BY" = torchrun ]; then
+        local each=${SLURM_NTASKS_PER_NODE:?--ntasks-per-node says how many ranks a node has}
+        SRUN_OPTIONS+=(--ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES")
+        # Each node names itself: the number of its task is the number of the node.
+        command=(bash -c 'exec torchrun --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_PROCID" \
+            --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --signals-to-handle SIGUSR1,SIGTERM,SIGINT \
+            --nproc-per-node "$0" --no-python "$@"' "$each" "${command[@]}")
+    fi
+    say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), ranks by $RANKS_BY: ${MEGAVID[*]} $*"
+    errors=$OUT/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.srun
+    # In the background: bash runs traps only between commands, or while it waits. What srun itself says is kept, because
+    # it names the first host that failed. One dead rank ends them all; they would wait for it otherwise.
+    srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" "${command[@]}" 2> >(tee "$errors" >&2) &
+    local srun=$! signal
+    # USR1, also where TERM came: srun hands USR1 on, but answers TERM by killing every task.
+    trap 'signal=USR1; kill -USR1 $srun 2>/dev/null' USR1
+    trap 'signal=TERM; kill -USR1 $srun 2>/dev/null' TERM
+    while :; do
+        signal=""
+        wait "$srun"
+        status=$?
+        [ -n "$signal" ] || break
+        say "got $signal: every rank is told to save and stop"
+    done
+    trap '' USR1 TERM
+    # One rank that ends a moment before the others has srun kill those, and say 143: what the first one said is meant.
+    if [ $status -ne 0 ]; then
+        sleep 1 # for tee's last lines
+        local said
+        said=$(sed -n 's/^srun: error: .*: tasks* .*: Exited with exit code \([0-9]*\)$/\1/p' "$errors" |
+            grep -xE '2|3|4|5|75' | head -n 1)
+        status=${said:-$status}
+    fi
+    # torchrun says 1 whatever its ranks said; the run's own record knows better.
+    if [ "$RANKS_BY" = torchrun ] && [ $status -ne 0 ] && tail -n 1 "$OUT/events.jsonl" | grep -q '"stopped"'; then
+        status=75
+    fi
+}
+
+# With MEGAVID_PREFLIGHT=1: examine the nodes first; bad ones are left out by the next start, and nothing trains on them.
+preflight() {
+    [ "${MEGAVID_PREFLIGHT:-0}" = 1 ] || return 0
+    run_ranks preflight "$@"
+    errors=/dev/null # which hosts are bad stands in slurm/exclude; that a rank says so is no fault of its host
+    [ "$status" -eq 0 ] || finish
+}
+
+# Append one line on this fault; print how many came since the latest checkpoint.
+note_fault() {
+    local step host
+    step=$(cat "$OUT/checkpoints/latest" 2>/dev/null || echo none)
+    # The watchdog's word first: "megavid: error: rank 0: rank 1 on n1 does not answer ...". Else the first task that srun saw end, as in "srun:
+    # error: n1: task 2: Killed"; but a rank that ended with status 5 only reports another one.
+    host=$(sed -n 's/^megavid: error: \(rank [0-9]*: \)*rank [0-9]* on \([^ ,;]*\) .*/\2/p' "$errors" | head -n 1)
+    [ -n "$host" ] || host=$(sed -n '/^srun: error: [^: ]*: task/{/exit code 5$/d; s/^srun: error: \([^: ]*\):.*/\1/p}' "$errors" | head -n 1)
+    echo "$step ${host:-unknown} $status $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" >> "$OUT/slurm/faults"
+    grep -c "^$step " "$OUT/slurm/faults"
+}
+
+# Hosts that failed at least twice, or that preflight found bad, with commas between.
+bad_hosts() {
+    {
+        awk '$2 != "unknown" { print $2 }' "$OUT/slurm/faults" 2>/dev/null | sort | uniq -d
+        cat "$OUT/slurm/exclude" 2>/dev/null
+    } | sort -u | paste -s -d ,
+}
+
+# Keep the waiting starts of this run away from bad hosts: those of a chain, and this job once it is requeued.
+exclude_bad_hosts() {
+    local hosts job
+    hosts=$(bad_hosts)
+    [ -n "$hosts" ] || return 0
+    for job in "$@"; do
+        scontrol update JobId="$job" ExcNodeList="$hosts" && say "job $job leaves out $hosts"
+    done
+}
+
+job_state() { scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p'; }
+
+waiting_jobs() { squeue --noheader --states=PENDING --name="$SLURM_JOB_NAME" --user="$(id -un)" --format=%i; }
+
+finish() {
+    local faults
+    # A job that no longer runs for Slurm was cancelled, requeued from outside, preempted, or has lost a node: Slurm knows
+    # what comes next, and ranks that were killed for it are no fault of their hosts.
+    if [ $status -ne 0 ] && [ "$(job_state)" != RUNNING ]; then
+        say "ended by Slurm ($(job_state)), status $status"
+        exit "$status"
+    fi
+    case $status in
+        0) say "done"; exit 0 ;;
+        75) say "stopped on request, saved" ;;
+        3 | 5 | 129 | 13? | 14? | 15?)
+            faults=$(note_fault)
+            say "fault, status $status, number $faults since the checkpoint $(tail -n 1 "$OUT/slurm/faults")"
+            if [ "$faults" -ge "$MAX_FAULTS" ]; then
+                say "$faults faults without a newer checkpoint: stop (MEGAVID_MAX_FAULTS)"
+                stop_chain
+                exit "$status"
+            fi
+            ;;
+        *) say "status $status needs a person: stop"; stop_chain; exit "$status" ;;
+    esac
+    if [ "$RESTART_BY" = chain ]; then
+        # shellcheck disable=SC2046
+        exclude_bad_hosts $(waiting_jobs)
+        say "the next job of the chain goes on"
+        exit "$status"
+    fi
+    scontrol requeue "$SLURM_JOB_ID" && exclude_bad_hosts "$SLURM_JOB_ID"
+    exit "$status"
+}
+
+# What a person has to look at first would fail in every job that waits behind this one.
+stop_chain() {
+    [ "$RESTART_BY" = chain ] || return 0
+    # shellcheck disable=SC2046
+    scancel $(waiting_jobs) 2>/dev/null || true
+}

@@ -1,0 +1,87 @@
+"""`megavid launch slurm`: what it refuses, what it writes, and that the script is one that a shell reads."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megavid.cli import launch
+from megavid.cluster.script import SLACK_S, seconds_of, signal_lead_s
+from megavid.errors import ConfigError
+from megavid.plan.answer import Answer
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "slurm"
+
+
+def planned(*argv: str) -> Answer:
+    return launch.plan(launch.parse(list(argv)))
+
+
+def dry_run(out: Path, *argv: str) -> str:
+    assert launch.main(["slurm", *argv, "--out", str(out), "--dry-run"]) == 0
+    return (out / "slurm" / "train.sbatch").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("5:30", 330), ("24:00:00", 86400), ("1-0", 86400), ("2-12:30", 217800), ("1-00:00:05", 86405)],
+)
+def test_times_are_read_as_slurm_does(text: str, seconds: int) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "-5", "1-"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be written as Slurm does"):
+        seconds_of(text)
+
+
+def test_lead_holds_slack_a_step_and_two_saves() -> None:
+    answer = planned("wan_moe_30b_a3b", "--nodes", "8", "--out", "x")
+    goodput = replace(answer.goodput, write_s=100.0, blocked_s=2.0)
+    lead = signal_lead_s(replace(answer, goodput=goodput))
+    assert lead == pytest.approx(SLACK_S + answer.step_interval[1] + 204, abs=1)
+
+
+def test_layout_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"does not fit: .* --search"):
+        dry_run(tmp_path / "run", "wan_moe_100b_a20b", "--nodes", "8", "--parallel.pipeline", "1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_time_limit_without_room_for_the_save_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--time 00:05:00 is 300 s, of which the last"):
+        dry_run(tmp_path / "run", "wan_moe_30b_a3b", "--nodes", "8", "--time", "00:05:00")
+
+
+def test_script_holds_the_request_and_what_the_layout_needs(tmp_path: Path) -> None:
+    argv = ("wan_moe_30b_a3b", "--nodes", "8", "--account", "physics", "--exclude", "n[3-4]", "--chain", "3")
+    text = dry_run(tmp_path / "run", *argv, "--train.deterministic", "true", "--container", "/img/a b.sqsh")
+    for line in ("--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8", "--account=physics", "--exclude=n[3-4]"):
+        assert f"#SBATCH {line}\n" in text
+    assert "export CUDA_DEVICE_MAX_CONNECTIONS=" in text  # expert parallelism
+    assert "export NCCL_ALGO=" in text  # deterministic
+    assert "export MEGAVID_RESTART_BY=chain" in text
+    assert "'--container-image=/img/a b.sqsh'" in text
+    assert "--train.deterministic true" in text
+
+
+def test_script_and_shared_files_are_bash(tmp_path: Path) -> None:
+    dry_run(tmp_path / "run", "wan_moe_30b_a3b", "--nodes", "8")
+    for file in (*sorted((tmp_path / "run" / "slurm").iterdir()), *sorted(EXAMPLES.glob("*.s*"))):
+        done = subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_edited_env_sh_is_kept(tmp_path: Path) -> None:
+    dry_run(tmp_path / "run", "wan_moe_30b_a3b", "--nodes", "8")
+    env = tmp_path / "run" / "slurm" / "env.sh"
+    env.write_text("# mine\n")
+    dry_run(tmp_path / "run", "wan_moe_30b_a3b", "--nodes", "8")
+    assert env.read_text() == "# mine\n"
+
+
+def test_examples_use_the_shipped_files() -> None:
+    for name in ("env.sh", "job.sh"):
+        assert (EXAMPLES / name).resolve() == (EXAMPLES / "../../megavid/cluster/files" / name).resolve()
