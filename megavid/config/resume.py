@@ -18,6 +18,7 @@ MAY_CHANGE: dict[str, str] = {
     "train.steps": "may grow: the learning rate's horizon is optimizer.schedule_steps",
     "train.init_from": "a path, read by the first start only",
     "train.deterministic": "the same numbers, in a pinned order",
+    "train.ops": "the same numbers but for rounding",
     "train.max_bad_steps": "a limit, not a number of the run",
     "train.spike_factor": "a limit for steps to come; what it skips is counted and named",
     "train.spike_window": "likewise",

@@ -96,6 +96,10 @@ class TrainConfig:
     """Save and stop after this step with exit status 0, the run unfinished (chained jobs); 0 for never."""
     init_from: str = ""
     """Checkpoint whose weights (its EMA, if any) start this run; optimizer, data and step start anew."""
+    ops: Literal["reference", "compiled", "auto"] = "reference"
+    """Norms, modulation, residuals and rotary embedding in plain torch, or in the compiled ops of csrc/, one pass over
+    memory each; auto: compiled where they are built.
+    """
     deterministic: bool = False
     """On CUDA: deterministic kernels, so that a resumed run is bitwise the same; CPU runs always are."""
     max_bad_steps: int = 10

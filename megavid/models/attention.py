@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from megavid.models.build import Build, column_linear, row_linear
 from megavid.ops.attention import cross_attention
-from megavid.ops.norm import rms_norm_of_sum, wide
+from megavid.ops.norm import rms_norm_of_sum
 from megavid.ops.packs import Pack, Span
-from megavid.ops.rope import rotate
 from megavid.parallel import mcore
 from megavid.parallel.placement import Init, Piece, Placement, place
 
@@ -32,7 +31,7 @@ class AcrossHeadsNorm(nn.Module):
     def __init__(self, build: Build, names: tuple[str, ...]) -> None:
         super().__init__()
         self.width, self.eps = build.model.hidden_size, build.model.norm_eps
-        self.group, self.tp = build.mesh.group("tp"), build.tp
+        self.group, self.tp, self.ops = build.mesh.group("tp"), build.tp, build.ops
         local = self.width // build.tp
         self.weights = nn.ParameterList([build.empty(local, is_fp32=True) for _ in names])
         for name, weight in zip(names, self.weights):
@@ -44,15 +43,19 @@ class AcrossHeadsNorm(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         """Normalised tensors [..., D / tp], in one all-reduce if they have the same leading shape."""
-        sums = torch.cat([wide(x).square().sum(-1, keepdim=True) for x in tensors], dim=-1)
+        return [
+            rms_norm_of_sum(x, total, self.width, weight, self.eps)
+            for x, total, weight in zip(tensors, self.sums_of_squares(*tensors), self.weights)
+        ]
+
+    def sums_of_squares(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Sum of squares of each tensor over all heads, [..., 1] in fp32 or wider."""
+        sums = torch.cat([self.ops.sum_of_squares(x) for x in tensors], dim=-1)
         if self.tp > 1:
             # Forward: sum over ranks. Backward: the sum's gradient has a part from every rank's heads, so sum it too.
             sums = mcore.reduce_from_tensor_model_parallel_region(sums, group=self.group)
             sums = mcore.copy_to_tensor_model_parallel_region(sums, group=self.group)
-        return [
-            rms_norm_of_sum(x, total, self.width, weight, self.eps)
-            for x, total, weight in zip(tensors, torch.split(sums, 1, dim=-1), self.weights)
-        ]
+        return torch.split(sums, 1, dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -61,7 +64,7 @@ class SelfAttention(nn.Module):
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
         width = build.model.hidden_size
-        self.head_size = build.model.head_size
+        self.head_size, self.ops = build.model.head_size, build.ops
         self.qkv = column_linear(build, [f"{name}.q", f"{name}.k", f"{name}.v"], width, width)
         self.norm = AcrossHeadsNorm(build, (f"{name}.q_norm.weight", f"{name}.k_norm.weight"))
         self.out = row_linear(build, f"{name}.out", width, width)
@@ -76,9 +79,11 @@ class SelfAttention(nn.Module):
             attend: the attention itself, of these packs, over all context-parallel ranks.
         """
         q, k, v = self.qkv(x_tBD)[0].chunk(3, dim=-1)
-        q, k = self.norm(q, k)
-        q, k, v = (x.unflatten(-1, (-1, self.head_size)) for x in (q, k, v))
-        attended = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        q_TBNA, k_TBNA = (
+            self.ops.norm_rope(x, total, weight, cos, sin, self.norm.width, self.norm.eps)
+            for x, total, weight in zip((q, k), self.norm.sums_of_squares(q, k), self.norm.weights)
+        )
+        attended = attend(q_TBNA, k_TBNA, v.unflatten(-1, (-1, self.head_size)))
         out: Tensor = self.out(attended.flatten(-2))[0]
         return out
 

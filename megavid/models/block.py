@@ -18,7 +18,7 @@ from megavid.models.build import Build, column_linear, row_linear
 from megavid.models.moe.layer import build_moe
 from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo
-from megavid.ops.norm import gated_residual, layer_norm, modulated_norm, residual, wide
+from megavid.ops.norm import wide
 from megavid.ops.packs import Pack, Span
 from megavid.ops.regions import region
 from megavid.parallel.context.recompute import keep_attention
@@ -73,7 +73,7 @@ class Block(nn.Module):
     def __init__(self, build: Build, layer: int, recompute: str) -> None:
         super().__init__()
         model, name = build.model, f"blocks.{layer}"
-        self.layer, self.eps, self.recompute = layer, model.norm_eps, recompute
+        self.layer, self.eps, self.recompute, self.ops = layer, model.norm_eps, recompute, build.ops
         self.table = build.empty(6, model.hidden_size, is_fp32=True)
         self.self_attention = SelfAttention(build, f"{name}.self_attention")
         self.cross_norm_weight = build.empty(model.hidden_size, is_fp32=True)
@@ -108,37 +108,42 @@ class Block(nn.Module):
     def _block(self, x_tBD: Tensor, given: Conditioning) -> tuple[Tensor, RoutingStats | None]:
         with region("modulation"):
             shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (wide(self.table) + given.modulation_R6D).unbind(1)
-        row = given.row_tB
         update = self._maybe_again(self._attend, x_tBD, shift, scale, given, context_fn=keep_attention)
-        x_tBD = gated_residual(x_tBD, update, gate, row)
-        x_tBD = residual(x_tBD, self._maybe_again(self._attend_to_text, x_tBD, given))
-        update, stats = self._maybe_again(self._feed, x_tBD, ffn_shift, ffn_scale, given)
-        return gated_residual(x_tBD, update, ffn_gate, row), stats
+        x_tBD, update = self._maybe_again(self._attend_to_text, x_tBD, update, gate, given)
+        x_tBD, update, stats = self._maybe_again(self._feed, x_tBD, update, ffn_shift, ffn_scale, given)
+        return self.ops.gated_residual(x_tBD, update, ffn_gate, given.row_tB), stats
 
     def _attend(self, x_tBD: Tensor, shift: Tensor, scale: Tensor, given: Conditioning) -> Tensor:
-        normed = modulated_norm(x_tBD, shift, scale, given.row_tB, self.eps)
+        """What self-attention adds to the stream."""
+        normed = self.ops.modulated_norm(x_tBD, shift, scale, given.row_tB, self.eps)
         out: Tensor = self.self_attention(normed, given.cos, given.sin, given.attend)
         return out
 
-    def _attend_to_text(self, x_tBD: Tensor, given: Conditioning) -> Tensor:
-        normed = layer_norm(x_tBD, self.eps, self.cross_norm_weight, self.cross_norm_bias)
-        out: Tensor = self.cross_attention(normed, given.prompts, given.packs, given.span)
-        return out
+    def _attend_to_text(
+        self, x_tBD: Tensor, update_tBD: Tensor, gate: Tensor, given: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with the update, and what attention to the text adds to it."""
+        x_tBD, normed = self.ops.residual_affine_norm(
+            x_tBD, update_tBD, gate, given.row_tB, self.cross_norm_weight, self.cross_norm_bias, self.eps
+        )
+        return x_tBD, self.cross_attention(normed, given.prompts, given.packs, given.span)
 
     def _feed(
-        self, x_tBD: Tensor, shift: Tensor, scale: Tensor, given: Conditioning
-    ) -> tuple[Tensor, RoutingStats | None]:
-        normed = modulated_norm(x_tBD, shift, scale, given.row_tB, self.eps)
+        self, x_tBD: Tensor, update_tBD: Tensor, shift: Tensor, scale: Tensor, given: Conditioning
+    ) -> tuple[Tensor, Tensor, RoutingStats | None]:
+        """The stream with the update, what the feed-forward adds to it, and the routing statistics of its experts."""
+        x_tBD, normed = self.ops.residual_modulated_norm(x_tBD, update_tBD, shift, scale, given.row_tB, self.eps)
         if self.is_moe:
-            result: tuple[Tensor, RoutingStats] = self.feed_forward(normed, given.tokens)
-            return result
-        return self.feed_forward(normed), None
+            update_tBD, stats = self.feed_forward(normed, given.tokens)
+            return x_tBD, update_tBD, stats
+        return x_tBD, self.feed_forward(normed), None
 
     def _maybe_again(self, part: Any, *args: Any, context_fn: Any = noop_context_fn) -> Any:
         """Call ``part``, and under selective recomputation keep only its inputs for the backward pass.
 
-        Each part is one branch of the residual stream, so what stays in memory is the stream itself and not what is
-        inside the branches; ``context_fn`` may keep more.
+        Each part is one branch of the residual stream, and begins with adding the branch before to the stream: what
+        stays in memory is the stream and the branches' outputs, and not what is inside them; ``context_fn`` may keep
+        more.
         """
         if self.recompute == "selective" and torch.is_grad_enabled():
             return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megavid.config.schema import ModelConfig
+from megavid.ops.block_ops import REFERENCE, BlockOps
 from megavid.parallel import mcore
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.placement import Init, Piece, Placement, place
@@ -27,6 +28,7 @@ class Build:
         mesh: who stands where.
         is_first_chunk: this is the first chunk of the first stage, whose copies of replicated parameters count.
         attention_backend: ``parallel.attention_backend``.
+        ops: what blocks compute between matrix products and attention, as ``train.ops`` chose.
     """
 
     model: ModelConfig
@@ -34,6 +36,7 @@ class Build:
     mesh: Mesh
     is_first_chunk: bool
     attention_backend: str = "aten"
+    ops: BlockOps = REFERENCE
 
     @property
     def tp(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megavid.models.build import Build, PlainLinear
-from megavid.ops.norm import layer_norm, modulated_norm, wide
+from megavid.ops.norm import layer_norm, wide
 from megavid.ops.timestep import timestep_features
 from megavid.parallel.placement import Init
 
@@ -131,7 +131,7 @@ class Head(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         model = build.model
-        self.eps = model.norm_eps
+        self.eps, self.ops = model.norm_eps, build.ops
         self.table = build.empty(2, model.hidden_size, is_fp32=True)
         build.place_whole(
             self.table, "head.modulation", init=Init(std=model.hidden_size**-0.5), is_partial=True, has_decay=False
@@ -144,5 +144,5 @@ class Head(nn.Module):
     def forward(self, x_tBD: Tensor, vector_RD: Tensor, row_tB: Tensor) -> Tensor:
         """Velocity of this rank's tokens, [t, B, P]."""
         shift_RD, scale_RD = (wide(self.table)[i] + vector_RD for i in (0, 1))
-        out: Tensor = self.linear(modulated_norm(x_tBD, shift_RD, scale_RD, row_tB, self.eps))
+        out: Tensor = self.linear(self.ops.modulated_norm(x_tBD, shift_RD, scale_RD, row_tB, self.eps))
         return out

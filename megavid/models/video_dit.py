@@ -22,6 +22,7 @@ from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo, noise_bucket
 from megavid.models.transformer import transformer_config
 from megavid.ops.block_attention_library import block_attention
+from megavid.ops.block_ops import block_ops
 from megavid.ops.packs import clip_index, positions
 from megavid.ops.regions import in_region, region
 from megavid.ops.rope import place_code, rope_angles
@@ -193,12 +194,14 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
     """The chunks of the model that this rank holds, with no values in their parameters yet.
 
     Raises:
-        ConfigError: the attention kernel cannot take this device, dtype or head width.
+        ConfigError: the attention kernel cannot take this device, dtype or head width, or compiled ops are asked for
+            that are not there.
     """
     layout, backend = mesh.layout, config.parallel.attention_backend
     transformer = transformer_config(config, layout, mesh.device)
     # Asked here, before memory is used.
     block_attention(backend, mesh.device, transformer.params_dtype, config.model.head_size)
+    ops = block_ops(config.train.ops, mesh.device, transformer.params_dtype)
     chunks = []
     for vpp_rank in range(layout.vpp):
         build = Build(
@@ -207,6 +210,7 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
             mesh=mesh,
             is_first_chunk=mesh.is_first_stage and vpp_rank == 0,
             attention_backend=backend,
+            ops=ops,
         )
         layers = layers_of_chunk(config.model, layout, mesh.coordinate("pp"), vpp_rank)
         vp_stage = vpp_rank if layout.vpp > 1 else None

@@ -58,7 +58,7 @@ def residual(x_tBD: Tensor, update_tBD: Tensor) -> Tensor:
 
 def shift_or_gate(table_RD: Tensor, row_tB: Tensor) -> Tensor:
     """Rows of the table for every token, [t, B, D]."""
-    return table_RD.index_select(0, row_tB.reshape(-1)).view(*row_tB.shape, -1)
+    return table_RD.index_select(0, row_tB.reshape(-1)).view(*row_tB.shape, table_RD.shape[1])
 
 
 def rms_norm_of_sum(x_tBn: Tensor, sum_of_squares_tB1: Tensor, width: int, weight_n: Tensor, eps: float) -> Tensor:

@@ -33,6 +33,8 @@ class Shapes:
         ring: ranks that keys and values travel between.
         narrow: bytes of an activation.
         has_copies: activations are not fp32, so that what is computed in fp32 is a copy.
+        is_fused: norms, modulation, residuals and rotation are one op each, which keep their inputs as they come
+            (``train.ops = "compiled"``; "auto" is counted as plain torch, which needs more).
     """
 
     own: int
@@ -45,6 +47,7 @@ class Shapes:
     ring: int
     narrow: int
     has_copies: bool
+    is_fused: bool
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, workload: Workload) -> "Shapes":
@@ -63,6 +66,7 @@ class Shapes:
             ring=layout.context_plan.ring,
             narrow=2 if is_bf16 else WIDE,
             has_copies=is_bf16,
+            is_fused=config.train.ops == "compiled",
         )
 
 
@@ -113,12 +117,16 @@ def block_bytes(
     if recompute == "full":
         return {"residual": stream}
     if recompute == "selective":
-        # Each of three branches keeps its input, the two gated ones their output, and attention its own.
+        # The stream before the first two branches, the outputs of these, which the next branch adds to it, the last
+        # one's gate, and what attention keeps.
         return {
-            "residual": 3 * stream + 2 * _gated_residual(model, shapes),
+            "residual": 4 * stream + _gated_residual(model, shapes),
             "self_attention": _attention_output(model, shapes),
+            "modulation": _tables(model, shapes),
         }
+    tables = {"modulation": _tables(model, shapes)} if shapes.is_fused else {}
     return {
+        **tables,
         "residual": 2 * _gated_residual(model, shapes),
         "self_attention": _modulated_norm(model, shapes) + _self_attention(model, shapes),
         "cross_attention": _norm_input(model, shapes) + _cross_attention(model, shapes),
@@ -135,14 +143,16 @@ def _head(model: ModelConfig, shapes: Shapes) -> float:
 
 def _self_attention(model: ModelConfig, shapes: Shapes) -> float:
     width = shapes.span * model.hidden_size / shapes.tp
-    kept = shapes.own * model.hidden_size * shapes.narrow + _norm_across_heads(shapes, width, count=2)
-    kept += _attention_output(model, shapes)
+    kept = shapes.own * model.hidden_size * shapes.narrow + _attention_output(model, shapes)
+    if not shapes.is_fused:
+        kept += _norm_across_heads(shapes, width, count=2)
     if shapes.ulysses == shapes.ring == 1:
         # q and k rotated, and the storage that q, k and v came in, which v keeps alive.
         return kept + 5 * width * shapes.narrow
     # q, k and v as they travel, and with Ulysses the output back in token layout, are tensors of their own.
     copies = 3 + (shapes.ulysses > 1)
-    storage = 0 if shapes.has_copies else 3 * width * WIDE  # that q, k and v came in, which their norms keep
+    # That q, k and v came in, which their norms keep, unless those work on copies.
+    storage = 0 if shapes.has_copies and not shapes.is_fused else 3 * width * shapes.narrow
     return kept + copies * width * shapes.narrow + storage
 
 
@@ -151,7 +161,9 @@ def _cross_attention(model: ModelConfig, shapes: Shapes) -> float:
     text = shapes.clips * model.text_length * model.hidden_size / shapes.tp
     matrix_input = shapes.own * model.hidden_size * shapes.narrow
     queries = _norm_across_heads(shapes, width, count=1) + (2 * width * shapes.narrow + heads * WIDE)
-    queries += width * shapes.narrow + (0 if shapes.has_copies else width * WIDE)
+    queries += width * shapes.narrow
+    if shapes.is_fused or not shapes.has_copies:  # what the queries came in, which their norm keeps
+        queries += width * shapes.narrow
     keys = _norm_across_heads(shapes, text, count=1) + 3 * text * shapes.narrow
     return matrix_input + queries + keys + _image_attention(model, shapes)
 
@@ -215,23 +227,31 @@ def _attention_output(model: ModelConfig, shapes: Shapes) -> float:
 
 
 def _norm_input(model: ModelConfig, shapes: Shapes) -> float:
-    """LayerNorm: its input in fp32, mean and deviation."""
-    return shapes.own * (model.hidden_size * WIDE + 2 * WIDE)
+    """LayerNorm: its input, in fp32 unless fused, mean and deviation."""
+    return shapes.own * (model.hidden_size * (shapes.narrow if shapes.is_fused else WIDE) + 2 * WIDE)
 
 
 def _modulated_norm(model: ModelConfig, shapes: Shapes) -> float:
-    """LayerNorm, its result, and every token's row of the scale."""
-    return _norm_input(model, shapes) + 2 * shapes.own * model.hidden_size * WIDE
+    """LayerNorm and, unless fused, its result, and every token's row of the scale."""
+    rows = 0 if shapes.is_fused else 2 * shapes.own * model.hidden_size * WIDE
+    return _norm_input(model, shapes) + rows
+
+
+def _tables(model: ModelConfig, shapes: Shapes) -> float:
+    """A block's own six vectors of each row of the timestep table."""
+    return 6 * shapes.clips * model.timesteps_of_clip * model.hidden_size * WIDE
 
 
 def _gated_residual(model: ModelConfig, shapes: Shapes) -> float:
-    """The update in fp32 and every token's row of the gate."""
-    return 2 * shapes.own * model.hidden_size * WIDE
+    """The update; unless fused in fp32, and every token's row of the gate."""
+    return shapes.own * model.hidden_size * (shapes.narrow if shapes.is_fused else 2 * WIDE)
 
 
 def _norm_across_heads(shapes: Shapes, width: float, count: int) -> float:
-    """RMSNorm of ``count`` tensors of ``width`` numbers: a product in fp32, and two copies if narrower."""
-    return count * width * WIDE * (3 if shapes.has_copies else 1)
+    """RMSNorm of ``count`` tensors of ``width`` numbers: a product in fp32, and copies if narrower, one for the sum of
+    squares unless that is fused."""
+    copies = 2 - shapes.is_fused if shapes.has_copies else 0
+    return count * width * WIDE * (1 + copies)
 
 
 def _shared(model: ModelConfig, shapes: Shapes) -> dict[str, float]:
@@ -241,7 +261,8 @@ def _shared(model: ModelConfig, shapes: Shapes) -> dict[str, float]:
     # Of images, the inputs of two norms in fp32 with mean and deviation, three hidden tensors, and the result.
     embedders += image * (model.image_size * (WIDE + 3 * shapes.narrow) + model.hidden_size * (WIDE + shapes.narrow))
     embedders += image * 4 * WIDE
-    modulation = shapes.clips * model.timesteps_of_clip * model.hidden_size * 20 * WIDE
+    # Of each row of the timestep table: six vectors for the blocks, one for the head, what the MLP keeps.
+    modulation = shapes.clips * model.timesteps_of_clip * model.hidden_size * 12 * WIDE
     angles = shapes.span * model.head_size * WIDE
     return {"embedders": embedders, "modulation": modulation, "angles": angles + shapes.own * INDEX}
 

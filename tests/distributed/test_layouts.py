@@ -4,17 +4,21 @@ Loss and gradient norm of three steps, the gradient of every parameter after the
 router biases after three, in many layouts of 1 to 8 ranks, against one rank.
 """
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from megavid.config.schema import RunConfig
+from megavid.ops.compiled import why_not_compiled
 from megavid.parallel import mcore
 from tests.support import tolerance
 from tests.support.newest import newest_too
 from tests.support.ranks import RankPool
 from tests.support.tiny_world import LEARNING_RATE, assemble, tiny_config, train
+
+Ops = Literal["reference", "compiled"]
 
 DENSE = {
     "microbatch2": (1, {"micro": 2}),
@@ -110,9 +114,16 @@ def reference(pool: RankPool, family: str, router: str, pack_tokens: int, task: 
 
 
 def check(
-    pool: RankPool, family: str, world: int, options: dict[str, Any], router: str = "", task: str = "t2v"
+    pool: RankPool,
+    family: str,
+    world: int,
+    options: dict[str, Any],
+    router: str = "",
+    task: str = "t2v",
+    ops: Ops = "reference",
 ) -> None:
     config = tiny_config(family, moe=ROUTERS.get(router), **TASKS.get(task, {}), **options)
+    config = replace(config, train=replace(config.train, ops=ops))
     want = reference(pool, family, router, config.data.pack_tokens, task)
     got = pool.run(world, train, config, world)
     for rank, told in enumerate(got):
@@ -169,6 +180,24 @@ def test_conditioning_on_images_keeps_law_1(pool: RankPool, task: str, world: in
 def test_experts_conditioned_by_frames_keep_law_1(pool: RankPool) -> None:
     check(pool, "wan_moe", 4, {"context": 2, "expert": 2, "micro": 2}, task="ti2v")
     check(pool, "wan_moe", 2, {"tensor": 2, "expert": 2}, task="i2v")
+
+
+@pytest.mark.skipif(bool(why_not_compiled()), reason=f"compiled ops: {why_not_compiled()}")
+@pytest.mark.parametrize(
+    ("family", "world", "options"),
+    [
+        ("wan", 1, {"recompute": "selective"}),
+        ("wan", 4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
+        ("wan", 4, {"context": 2, "tensor": 2, "sequence": False}),
+        ("wan_moe", 2, {"tensor": 2, "expert": 2}),
+        ("wan_moe", 4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2}),
+    ],
+)
+def test_compiled_ops_give_the_curve_of_plain_torch(
+    pool: RankPool, family: str, world: int, options: dict[str, Any]
+) -> None:
+    check(pool, family, world, options, ops="compiled")
+    check(pool, family, world, options, ops="compiled", task="ti2v")
 
 
 @pytest.mark.parametrize("name", newest_too(["tp2", "tp2 pp2 ep2", "cp2 tp2"], "tp2"))

@@ -1,9 +1,15 @@
 """Activation bytes in closed form against what autograd keeps in models that are built and run, within 5%."""
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from megavid.ops.compiled import why_not_compiled
 from tests.support.plan_measured import Case, measure_on
 from tests.support.ranks import RankPool
+
+REASON = why_not_compiled()
 
 MODEL = {"hidden_size": 96, "num_heads": 4, "ffn_size": 256, "text_length": 8}
 IMAGE = {**MODEL, "task": "i2v", "in_channels": 12, "out_channels": 4, "image_size": 40, "image_length": 12}
@@ -56,8 +62,12 @@ def cases() -> dict[tuple[str, str, str], Case]:
     return found
 
 
-def test_saved_bytes_are_planned_within_five_percent(pool: RankPool) -> None:
-    wanted, wrong = cases(), {}
+OPS = ["reference", pytest.param("compiled", marks=pytest.mark.skipif(bool(REASON), reason=f"compiled ops: {REASON}"))]
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_saved_bytes_are_planned_within_five_percent(pool: RankPool, ops: str) -> None:
+    wanted, wrong = {name: replace(case, ops=ops) for name, case in cases().items()}, {}
     answers = measure_on(pool, [("saved", (case,)) for case in wanted.values()])
     for name, answer in zip(wanted, answers, strict=True):
         planned = sum(answer["planned"].values())
@@ -66,9 +76,10 @@ def test_saved_bytes_are_planned_within_five_percent(pool: RankPool) -> None:
     assert not wrong
 
 
-def test_peak_of_a_microbatch_is_planned_from_above(pool: RankPool) -> None:
+@pytest.mark.parametrize("ops", OPS)
+def test_peak_of_a_microbatch_is_planned_from_above(pool: RankPool, ops: str) -> None:
     wanted = [
-        Case(family=family, moe=moe, model=MODEL, parallel={"recompute": recompute}, dtype="bf16", clips=(96,))
+        Case(family=family, moe=moe, model=MODEL, parallel={"recompute": recompute}, dtype="bf16", clips=(96,), ops=ops)
         for family, moe in (("wan", {}), ("wan_moe", {**GELU, "top_k": 8}), ("wan_moe", SWIGLU))
         for recompute in ("none", "selective", "full")
     ]

@@ -56,6 +56,7 @@ class Case:
         clips: tokens of each clip of every pack.
         pack_tokens: tokens of a pack.
         packs: packs of the microbatch.
+        ops: ``train.ops``.
     """
 
     family: str = "wan"
@@ -66,12 +67,18 @@ class Case:
     clips: tuple[int, ...] = (96,)
     pack_tokens: int = 96
     packs: int = 1
+    ops: str = "reference"
 
     @property
     def config(self) -> RunConfig:
         """The run."""
         config = tiny_config(self.family, moe=self.moe, micro=self.packs, dtype=self.dtype, **self.parallel)
-        return replace(config, model=replace(config.model, **self.model), data=DataConfig(pack_tokens=self.pack_tokens))
+        return replace(
+            config,
+            model=replace(config.model, **self.model),
+            train=replace(config.train, ops=self.ops),
+            data=DataConfig(pack_tokens=self.pack_tokens),
+        )
 
     @property
     def workload(self) -> Workload:

@@ -1,0 +1,386 @@
+// Registers the CPU kernels with torch's dispatcher: checks, memory and threads. Schemas are megavid/ops' own.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+#include "isa.h"
+
+namespace megavid {
+namespace {
+
+using at::Tensor;
+
+// Tokens that one thread takes at least; below, threads cost more than they bring.
+constexpr int64_t kGrain = 16;
+
+void check_row_table(const char* op, const Tensor& x, const Tensor& table, const Tensor& row) {
+  TORCH_CHECK_VALUE(x.dim() == 2, op, ": x must be [T, D], got ", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
+                   ": x must be float32 or bfloat16, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, op, ": shift and scale must be float32, got ",
+                   table.scalar_type());
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == x.size(1), op, ": shift and scale must be [R, ", x.size(1),
+                    "], got ", table.sizes());
+  TORCH_CHECK_TYPE(row.scalar_type() == at::kLong, op, ": row must be int64, got ", row.scalar_type());
+  TORCH_CHECK_VALUE(row.dim() == 1 && row.size(0) == x.size(0), op, ": row must be [", x.size(0), "], got ",
+                    row.sizes());
+}
+
+void check_rows_in_range(const char* op, const Tensor& row, int64_t rows) {
+  const int64_t* data = row.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < row.numel(); ++i) {
+    TORCH_CHECK_VALUE(data[i] >= 0 && data[i] < rows, op, ": row must be in [0, ", rows, "), got ", data[i]);
+  }
+}
+
+void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  TORCH_CHECK_VALUE(tensor.sizes() == x.sizes(), op, ": ", name, " must be ", x.sizes(), ", got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must be ", x.scalar_type(), ", got ",
+                   tensor.scalar_type());
+}
+
+// First token of every run, then T: a run ends where a row changes, and after kRunTokens tokens.
+std::vector<int64_t> run_starts(const Tensor& row, const Tensor& other) {
+  const int64_t *one = row.const_data_ptr<int64_t>(), *two = other.const_data_ptr<int64_t>();
+  std::vector<int64_t> starts;
+  for (int64_t token = 0; token < row.numel(); ++token) {
+    const bool is_first = token == 0 || one[token] != one[token - 1] || two[token] != two[token - 1];
+    if (is_first || token - starts.back() == kRunTokens) starts.push_back(token);
+  }
+  starts.push_back(row.numel());
+  return starts;
+}
+
+// The gradient of a table like `table`: every run's numbers added to its row, in the order of the runs.
+Tensor sum_runs(const Tensor& row, const std::vector<int64_t>& starts, const Tensor& runs, const Tensor& table) {
+  Tensor sums = at::zeros_like(table);
+  const int64_t* rows = row.const_data_ptr<int64_t>();
+  const float* source = runs.const_data_ptr<float>();
+  float* target = sums.mutable_data_ptr<float>();
+  const int64_t width = table.size(1);
+  at::parallel_for(0, width, 512, [&](int64_t begin, int64_t end) {
+    for (size_t run = 0; run + 1 < starts.size(); ++run) {
+      float* to = target + rows[starts[run]] * width;
+      const float* from = source + static_cast<int64_t>(run) * width;
+      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+    }
+  });
+  return sums;
+}
+
+// What forward and backward of both norms fill in alike.
+ModulatedNorm norm_job(const Tensor& x, const Tensor& scale, const Tensor& row, const Tensor& mean,
+                       const Tensor& rstd, bool is_centered) {
+  ModulatedNorm job{};
+  job.x = x.const_data_ptr();
+  job.scale = scale.const_data_ptr<float>();
+  job.row = row.const_data_ptr<int64_t>();
+  job.mean = const_cast<float*>(mean.const_data_ptr<float>());
+  job.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
+  job.width = x.size(1);
+  job.is_centered = is_centered;
+  job.is_bf16 = x.scalar_type() == at::kBFloat16;
+  return job;
+}
+
+std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_, const Tensor& scale_,
+                                                  const Tensor& row_, double eps, bool is_centered) {
+  check_row_table("modulated_norm", x_, shift_, row_);
+  check_row_table("modulated_norm", x_, scale_, row_);
+  const Tensor x = x_.contiguous(), shift = shift_.contiguous(), scale = scale_.contiguous(), row = row_.contiguous();
+  check_rows_in_range("modulated_norm", row, std::min(shift.size(0), scale.size(0)));
+  Tensor y = at::empty_like(x);
+  Tensor mean = at::empty({x.size(0)}, shift.options()), rstd = at::empty_like(mean);
+  ModulatedNorm job = norm_job(x, scale, row, mean, rstd, is_centered);
+  job.shift = shift.const_data_ptr<float>();
+  job.y = y.mutable_data_ptr();
+  job.eps = static_cast<float>(eps);
+  at::parallel_for(0, x.size(0), kGrain, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_modulated_norm_forward, job, begin, end);
+  });
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_y_, const Tensor& x_,
+                                                           const Tensor& scale_, const Tensor& row_,
+                                                           const Tensor& mean, const Tensor& rstd, bool is_centered) {
+  check_row_table("modulated_norm_backward", x_, scale_, row_);
+  check_like("modulated_norm_backward", "grad_y", grad_y_, x_);
+  const Tensor x = x_.contiguous(), scale = scale_.contiguous(), row = row_.contiguous();
+  const Tensor grad_y = grad_y_.contiguous();
+  const std::vector<int64_t> starts = run_starts(row, row);
+  const int64_t runs = static_cast<int64_t>(starts.size()) - 1;
+  Tensor grad_x = at::empty_like(x);
+  Tensor run_shift = at::empty({runs, x.size(1)}, scale.options()), run_scale = at::empty_like(run_shift);
+  ModulatedNorm job = norm_job(x, scale, row, mean, rstd, is_centered);
+  job.grad_y = grad_y.const_data_ptr();
+  job.grad_x = grad_x.mutable_data_ptr();
+  job.run_start = starts.data();
+  job.run_shift = run_shift.mutable_data_ptr<float>();
+  job.run_scale = run_scale.mutable_data_ptr<float>();
+  at::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_modulated_norm_backward, job, begin, end);
+  });
+  return {grad_x, sum_runs(row, starts, run_shift, scale), sum_runs(row, starts, run_scale, scale)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(const Tensor& x_, const Tensor& update_,
+                                                               const std::optional<Tensor>& gate_,
+                                                               const Tensor& gate_row_, const Tensor& shift_,
+                                                               const Tensor& scale_, const Tensor& row_, double eps,
+                                                               bool is_centered) {
+  const char* op = "gated_residual_norm";
+  check_row_table(op, x_, shift_, row_);
+  check_row_table(op, x_, scale_, row_);
+  check_like(op, "update", update_, x_);
+  const Tensor x = x_.contiguous(), update = update_.contiguous(), shift = shift_.contiguous();
+  const Tensor scale = scale_.contiguous(), row = row_.contiguous(), gate_row = gate_row_.contiguous();
+  check_rows_in_range(op, row, std::min(shift.size(0), scale.size(0)));
+  Tensor gate;
+  if (gate_.has_value()) {
+    gate = gate_->contiguous();
+    check_row_table(op, x_, gate, gate_row_);
+    check_rows_in_range(op, gate_row, gate.size(0));
+  }
+  Tensor residual = at::empty_like(x), y = at::empty_like(x);
+  Tensor mean = at::empty({x.size(0)}, shift.options()), rstd = at::empty_like(mean);
+  GatedResidualNorm job{};
+  job.norm = norm_job(residual, scale, row, mean, rstd, is_centered);
+  job.norm.shift = shift.const_data_ptr<float>();
+  job.norm.y = y.mutable_data_ptr();
+  job.norm.eps = static_cast<float>(eps);
+  job.x = x.const_data_ptr();
+  job.update = update.const_data_ptr();
+  job.gate = gate.defined() ? gate.const_data_ptr<float>() : nullptr;
+  job.gate_row = gate_row.const_data_ptr<int64_t>();
+  job.residual = residual.mutable_data_ptr();
+  at::parallel_for(0, x.size(0), kGrain, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_gated_residual_norm_forward, job, begin, end);
+  });
+  return {residual, y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
+    const Tensor& grad_residual_, const Tensor& grad_y_, const Tensor& residual_, const Tensor& update_,
+    const std::optional<Tensor>& gate_, const Tensor& gate_row_, const Tensor& scale_, const Tensor& row_,
+    const Tensor& mean, const Tensor& rstd, bool is_centered) {
+  const char* op = "gated_residual_norm_backward";
+  check_row_table(op, residual_, scale_, row_);
+  check_like(op, "grad_residual", grad_residual_, residual_);
+  check_like(op, "grad_y", grad_y_, residual_);
+  check_like(op, "update", update_, residual_);
+  const Tensor residual = residual_.contiguous(), update = update_.contiguous(), scale = scale_.contiguous();
+  const Tensor row = row_.contiguous(), gate_row = gate_row_.contiguous();
+  const Tensor grad_residual = grad_residual_.contiguous(), grad_y = grad_y_.contiguous();
+  const Tensor gate = gate_.has_value() ? gate_->contiguous() : Tensor();
+  const std::vector<int64_t> starts = run_starts(row, gate.defined() ? gate_row : row);
+  const int64_t runs = static_cast<int64_t>(starts.size()) - 1;
+  Tensor grad_x = at::empty_like(residual);
+  // Without a gate, x and update have the same gradient: autograd is given one tensor twice, and an empty one for gate.
+  Tensor grad_update = gate.defined() ? at::empty_like(residual) : grad_x;
+  Tensor run_shift = at::empty({runs, residual.size(1)}, scale.options()), run_scale = at::empty_like(run_shift);
+  Tensor run_gate = gate.defined() ? at::empty_like(run_shift) : Tensor();
+  GatedResidualNorm job{};
+  job.norm = norm_job(residual, scale, row, mean, rstd, is_centered);
+  job.norm.grad_y = grad_y.const_data_ptr();
+  job.norm.grad_x = grad_x.mutable_data_ptr();
+  job.norm.run_start = starts.data();
+  job.norm.run_shift = run_shift.mutable_data_ptr<float>();
+  job.norm.run_scale = run_scale.mutable_data_ptr<float>();
+  job.update = update.const_data_ptr();
+  job.gate = gate.defined() ? gate.const_data_ptr<float>() : nullptr;
+  job.gate_row = gate_row.const_data_ptr<int64_t>();
+  job.grad_residual = grad_residual.const_data_ptr();
+  job.grad_update = grad_update.mutable_data_ptr();
+  job.run_gate = gate.defined() ? run_gate.mutable_data_ptr<float>() : nullptr;
+  at::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_gated_residual_norm_backward, job, begin, end);
+  });
+  Tensor grad_gate = gate.defined() ? sum_runs(gate_row, starts, run_gate, gate) : at::empty({0}, scale.options());
+  return {grad_x, gate.defined() ? grad_update : at::empty({0}, residual.options()), grad_gate,
+          sum_runs(row, starts, run_shift, scale), sum_runs(row, starts, run_scale, scale)};
+}
+
+Tensor gated_residual(const Tensor& x_, const Tensor& update_, const Tensor& gate_, const Tensor& row_) {
+  check_row_table("gated_residual", x_, gate_, row_);
+  check_like("gated_residual", "update", update_, x_);
+  const Tensor x = x_.contiguous(), update = update_.contiguous(), gate = gate_.contiguous(), row = row_.contiguous();
+  check_rows_in_range("gated_residual", row, gate.size(0));
+  Tensor y = at::empty_like(x);
+  GatedResidual job{};
+  job.x = x.const_data_ptr();
+  job.update = update.const_data_ptr();
+  job.gate = gate.const_data_ptr<float>();
+  job.row = row.const_data_ptr<int64_t>();
+  job.y = y.mutable_data_ptr();
+  job.width = x.size(1);
+  job.is_bf16 = x.scalar_type() == at::kBFloat16;
+  at::parallel_for(0, x.size(0), kGrain, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_gated_residual_forward, job, begin, end);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad_y_, const Tensor& update_, const Tensor& gate_,
+                                                   const Tensor& row_) {
+  check_row_table("gated_residual_backward", update_, gate_, row_);
+  check_like("gated_residual_backward", "grad_y", grad_y_, update_);
+  const Tensor grad_y = grad_y_.contiguous(), update = update_.contiguous();
+  const Tensor gate = gate_.contiguous(), row = row_.contiguous();
+  const std::vector<int64_t> starts = run_starts(row, row);
+  const int64_t runs = static_cast<int64_t>(starts.size()) - 1;
+  Tensor grad_update = at::empty_like(update), run_gate = at::empty({runs, update.size(1)}, gate.options());
+  GatedResidual job{};
+  job.update = update.const_data_ptr();
+  job.gate = gate.const_data_ptr<float>();
+  job.row = row.const_data_ptr<int64_t>();
+  job.grad_y = grad_y.const_data_ptr();
+  job.grad_update = grad_update.mutable_data_ptr();
+  job.run_start = starts.data();
+  job.run_gate = run_gate.mutable_data_ptr<float>();
+  job.width = update.size(1);
+  job.is_bf16 = update.scalar_type() == at::kBFloat16;
+  at::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_gated_residual_backward, job, begin, end);
+  });
+  return {grad_update, sum_runs(row, starts, run_gate, gate)};
+}
+
+void check_rows_of_numbers(const char* op, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.stride(1) == 1, op, ": x must be [T, n] with neighbouring numbers, got ",
+                    x.sizes(), " with strides ", x.strides());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
+                   ": x must be float32 or bfloat16, got ", x.scalar_type());
+}
+
+SumOfSquares squares_job(const Tensor& x) {
+  SumOfSquares job{};
+  job.x = x.const_data_ptr();
+  job.x_stride = x.stride(0);
+  job.width = x.size(1);
+  job.is_bf16 = x.scalar_type() == at::kBFloat16;
+  return job;
+}
+
+Tensor sum_of_squares(const Tensor& x) {
+  check_rows_of_numbers("sum_of_squares", x);
+  Tensor sums = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
+  SumOfSquares job = squares_job(x);
+  job.sums = sums.mutable_data_ptr<float>();
+  at::parallel_for(0, x.size(0), kGrain, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_sum_of_squares_forward, job, begin, end);
+  });
+  return sums;
+}
+
+Tensor sum_of_squares_backward(const Tensor& grad_, const Tensor& x) {
+  check_rows_of_numbers("sum_of_squares_backward", x);
+  const Tensor grad = grad_.contiguous();
+  TORCH_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == x.size(0), "sum_of_squares_backward: grad must be [", x.size(0),
+                    "], got ", grad.sizes());
+  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, "sum_of_squares_backward: grad must be float32, got ",
+                   grad.scalar_type());
+  Tensor grad_x = at::empty(x.sizes(), x.options());
+  SumOfSquares job = squares_job(x);
+  job.grad = grad.const_data_ptr<float>();
+  job.grad_x = grad_x.mutable_data_ptr();
+  at::parallel_for(0, x.size(0), kGrain, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_sum_of_squares_backward, job, begin, end);
+  });
+  return grad_x;
+}
+
+void check_norm_rope(const char* op, const Tensor& x, const Tensor& sums, const Tensor& weight, const Tensor& cosine,
+                     const Tensor& sine) {
+  check_rows_of_numbers(op, x);
+  for (const Tensor* each : {&sums, &weight, &cosine, &sine}) {
+    TORCH_CHECK_TYPE(each->scalar_type() == at::kFloat, op, ": sums, weight, cosine and sine must be float32, got ",
+                     each->scalar_type());
+  }
+  TORCH_CHECK_VALUE(sums.dim() == 1 && sums.size(0) == x.size(0), op, ": sums must be [", x.size(0), "], got ",
+                    sums.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(1), op, ": weight must be [", x.size(1), "], got ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(cosine.dim() == 2 && cosine.size(0) == x.size(0) && cosine.sizes() == sine.sizes(), op,
+                    ": cosine and sine must be [", x.size(0), ", A / 2], got ", cosine.sizes(), " and ", sine.sizes());
+  TORCH_CHECK_VALUE(cosine.size(1) > 0 && x.size(1) % (2 * cosine.size(1)) == 0, op, ": heads of ",
+                    2 * cosine.size(1), " numbers must divide the width ", x.size(1));
+}
+
+NormRope rope_job(const Tensor& x, const Tensor& sums, const Tensor& weight, const Tensor& cosine, const Tensor& sine,
+                  int64_t norm_width, double eps) {
+  NormRope job{};
+  job.x = x.const_data_ptr();
+  job.x_stride = x.stride(0);
+  job.sums = sums.const_data_ptr<float>();
+  job.weight = weight.const_data_ptr<float>();
+  job.cosine = cosine.const_data_ptr<float>();
+  job.sine = sine.const_data_ptr<float>();
+  job.tokens = x.size(0);
+  job.width = x.size(1);
+  job.head_size = 2 * cosine.size(1);
+  job.norm_width = static_cast<float>(norm_width);
+  job.eps = static_cast<float>(eps);
+  job.is_bf16 = x.scalar_type() == at::kBFloat16;
+  return job;
+}
+
+Tensor norm_rope(const Tensor& x, const Tensor& sums_, const Tensor& weight_, const Tensor& cosine_,
+                 const Tensor& sine_, int64_t norm_width, double eps) {
+  check_norm_rope("norm_rope", x, sums_, weight_, cosine_, sine_);
+  const Tensor sums = sums_.contiguous(), weight = weight_.contiguous();
+  const Tensor cosine = cosine_.contiguous(), sine = sine_.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  NormRope job = rope_job(x, sums, weight, cosine, sine, norm_width, eps);
+  job.y = y.mutable_data_ptr();
+  at::parallel_for(0, x.size(0), kGrain, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_norm_rope_forward, job, begin, end);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_rope_backward(const Tensor& grad_y_, const Tensor& x, const Tensor& sums_,
+                                                      const Tensor& weight_, const Tensor& cosine_,
+                                                      const Tensor& sine_, int64_t norm_width, double eps) {
+  check_norm_rope("norm_rope_backward", x, sums_, weight_, cosine_, sine_);
+  check_like("norm_rope_backward", "grad_y", grad_y_, x);
+  const Tensor sums = sums_.contiguous(), weight = weight_.contiguous(), grad_y = grad_y_.contiguous();
+  const Tensor cosine = cosine_.contiguous(), sine = sine_.contiguous();
+  const int64_t runs = (x.size(0) + kRunTokens - 1) / kRunTokens;
+  Tensor grad_x = at::empty(x.sizes(), x.options()), grad_sums = at::empty_like(sums);
+  Tensor run_weight = at::empty({runs, x.size(1)}, weight.options());
+  NormRope job = rope_job(x, sums, weight, cosine, sine, norm_width, eps);
+  job.grad_y = grad_y.const_data_ptr();
+  job.grad_x = grad_x.mutable_data_ptr();
+  job.grad_sums = grad_sums.mutable_data_ptr<float>();
+  job.run_weight = run_weight.mutable_data_ptr<float>();
+  at::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_norm_rope_backward, job, begin, end);
+  });
+  return {grad_x, grad_sums, run_weight.sum(0)};
+}
+
+}  // namespace
+}  // namespace megavid
+
+TORCH_LIBRARY_IMPL(megavid, CPU, m) {
+  m.impl("modulated_norm", &megavid::modulated_norm);
+  m.impl("modulated_norm_backward", &megavid::modulated_norm_backward);
+  m.impl("gated_residual_norm", &megavid::gated_residual_norm);
+  m.impl("gated_residual_norm_backward", &megavid::gated_residual_norm_backward);
+  m.impl("gated_residual", &megavid::gated_residual);
+  m.impl("gated_residual_backward", &megavid::gated_residual_backward);
+  m.impl("sum_of_squares", &megavid::sum_of_squares);
+  m.impl("sum_of_squares_backward", &megavid::sum_of_squares_backward);
+  m.impl("norm_rope", &megavid::norm_rope);
+  m.impl("norm_rope_backward", &megavid::norm_rope_backward);
+}

@@ -1,0 +1,63 @@
+// What every CPU kernel shares: number formats, and the name of the instruction set it is compiled for.
+//
+// Each kernel file is compiled once for every instruction set (MEGAVID_ISA = baseline, avx2, avx512) and its functions
+// carry that name; kernels.h chooses at run time. Loops are plain C++ that the compiler vectorises: `omp simd` allows
+// it to reorder a sum, nothing else does, so results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#define MEGAVID_JOIN_(a, b) a##_##b
+#define MEGAVID_JOIN(a, b) MEGAVID_JOIN_(a, b)
+// The name of a function of this file in the instruction set that it is being compiled for.
+#define MEGAVID_NAME(name) MEGAVID_JOIN(name, MEGAVID_ISA)
+
+namespace megavid {
+namespace MEGAVID_ISA {
+
+// bfloat16 as stored: the upper half of a float, rounded to nearest, ties to even.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+
+inline float load(BFloat16 value) {
+  uint32_t wide = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &wide, sizeof(result));
+  return result;
+}
+
+inline void store(float* place, float value) { *place = value; }
+
+inline void store(BFloat16* place, float value) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, sizeof(wide));
+  // NaN keeps its sign and stays NaN; rounding could carry it into infinity.
+  uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+  uint32_t quiet = (wide >> 16) | 0x40u;
+  place->bits = static_cast<uint16_t>((wide & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+
+// Scratch numbers of one call. Not std::vector: its functions are shared between all instruction sets by the linker,
+// which may keep the copy that this machine cannot run.
+class Scratch {
+ public:
+  explicit Scratch(int64_t numbers) : data_(static_cast<float*>(std::malloc(numbers * sizeof(float)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* data() { return data_; }
+
+ private:
+  float* data_;
+};
+
+}  // namespace MEGAVID_ISA
+}  // namespace megavid

@@ -1,0 +1,49 @@
+// Sum of the squares of each token's numbers, in fp32: what RMSNorm across heads adds up between ranks.
+//
+// Memory traffic per token: forward reads x; backward reads x and writes its gradient. Eager torch writes the squares, and
+// of bf16 a copy in fp32, which autograd keeps.
+#include "kernels.h"
+#include "simd.h"
+
+namespace megavid {
+namespace MEGAVID_ISA {
+namespace {
+
+template <typename T>
+void forward(const SumOfSquares& job, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    const T* x = static_cast<const T*>(job.x) + token * job.x_stride;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < job.width; ++i) {
+      const float value = load(x[i]);
+      sum += value * value;
+    }
+    job.sums[token] = sum;
+  }
+}
+
+template <typename T>
+void backward(const SumOfSquares& job, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    const T* x = static_cast<const T*>(job.x) + token * job.x_stride;
+    T* grad_x = static_cast<T*>(job.grad_x) + token * job.width;
+    const float grad = 2.0f * job.grad[token];
+#pragma omp simd
+    for (int64_t i = 0; i < job.width; ++i) store(grad_x + i, grad * load(x[i]));
+  }
+}
+
+}  // namespace
+}  // namespace MEGAVID_ISA
+}  // namespace megavid
+
+void MEGAVID_NAME(megavid_sum_of_squares_forward)(const megavid::SumOfSquares& job, int64_t begin, int64_t end) {
+  using namespace megavid::MEGAVID_ISA;
+  job.is_bf16 ? forward<BFloat16>(job, begin, end) : forward<float>(job, begin, end);
+}
+
+void MEGAVID_NAME(megavid_sum_of_squares_backward)(const megavid::SumOfSquares& job, int64_t begin, int64_t end) {
+  using namespace megavid::MEGAVID_ISA;
+  job.is_bf16 ? backward<BFloat16>(job, begin, end) : backward<float>(job, begin, end);
+}

@@ -1,0 +1,66 @@
+"""The compiled ops of csrc/: whether they are built, for which devices, and the library their schemas are declared in.
+
+Owns loading ``_C.so`` and the namespace ``megavid`` of torch's dispatcher. Each op's schema, reference, shapes and
+gradient are in its own file beside this one; the compiled library only adds implementations for CPU and CUDA tensors,
+so every op exists, slowly, without it.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BINARY = Path(__file__).with_name("_C.so")
+
+LIBRARY = torch.library.Library("megavid", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the compiled ops take; models of other dtypes use the references."""
+
+
+def declare(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Declare an op of the namespace ``megavid``.
+
+    Args:
+        schema: its name and arguments, as torch writes them.
+        reference: what it computes where no compiled implementation is there.
+        shapes: empty outputs for its inputs.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"megavid::{name}", shapes, lib=LIBRARY)
+
+
+def differentiate(name: str, gradient: Callable[..., Any], keep: Callable[..., None]) -> None:
+    """Give an op its gradient: ``keep`` what ``gradient`` needs of a call."""
+    torch.library.register_autograd(f"megavid::{name}", gradient, setup_context=keep, lib=LIBRARY)
+
+
+@lru_cache
+def why_not_compiled() -> str:
+    """Load the compiled library; "" where its implementations are registered, else the reason in one line."""
+    if not BINARY.exists():
+        return (
+            "not built: no C++ compiler, or no torch, when megavid was installed; python setup.py build_ext --inplace"
+        )
+    try:
+        torch.ops.load_library(str(BINARY))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{BINARY.name} does not load with torch {torch.__version__}: {' '.join(str(error).split())[:160]}"
+    return ""
+
+
+def why_not_compiled_for(device: torch.device, dtype: torch.dtype) -> str:
+    """Why compiled ops do not run on tensors of this device and dtype, in one line; "" where they do."""
+    if dtype not in DTYPES:
+        return f"the compiled ops take {', '.join(str(known) for known in DTYPES)}, not {dtype}"
+    if device.type == "meta":  # only shapes are asked, which the ops tell by themselves
+        return ""
+    if reason := why_not_compiled():
+        return reason
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("megavid::modulated_norm", key)
+    return "" if has_kernel else f"{BINARY.name} was built without kernels for {device.type}"

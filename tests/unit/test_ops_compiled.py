@@ -1,0 +1,223 @@
+"""The compiled ops: references against slow twins, compiled against references, gradients, registration, refusals."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megavid.errors import ConfigError
+from megavid.ops import gated_residual, gated_residual_norm, modulated_norm, norm_rope, sum_of_squares
+from megavid.ops.block_ops import COMPILED, REFERENCE, block_ops
+from megavid.ops.compiled import why_not_compiled
+
+CPU = torch.device("cpu")
+SIZES = [(1, 1, 8), (7, 3, 34), (200, 4, 96), (130, 130, 18), (0, 2, 16)]
+"""Tokens, rows of the tables, width."""
+HEAD = 2  # numbers of a head that every width of SIZES is a multiple of
+
+needs_compiled = pytest.mark.skipif(bool(why_not_compiled()), reason=f"compiled ops: {why_not_compiled()}")
+
+Case = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
+"""Forward reference, backward reference, arguments of the forward pass."""
+
+
+def make(op: str, tokens: int, rows: int, width: int, dtype: torch.dtype) -> Case:
+    generator = torch.Generator().manual_seed(tokens + width)
+    narrow = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, of: torch.dtype = narrow) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(of)
+
+    row = torch.randint(rows, (tokens,), generator=generator)
+    x, shift, scale = normal(tokens, width, of=dtype) + 1, normal(rows, width), normal(rows, width)
+    match op:
+        case "modulated_norm":
+            given: tuple[Any, ...] = (x, shift, scale, row.sort().values, 1e-6, True)
+            return modulated_norm.modulated_norm_reference, modulated_norm.modulated_norm_backward_reference, given
+        case "rms":
+            given = (x, shift, scale, row, 1e-6, False)
+            return modulated_norm.modulated_norm_reference, modulated_norm.modulated_norm_backward_reference, given
+        case "gated_residual_norm" | "residual_norm":
+            gate = normal(rows, width) if op == "gated_residual_norm" else None
+            given = (x, normal(tokens, width, of=dtype), gate, row, shift[:1], scale[:1], row * 0, 1e-6, True)
+            module = gated_residual_norm
+            return module.gated_residual_norm_reference, module.gated_residual_norm_backward_reference, given
+        case "gated_residual":
+            given = (x, normal(tokens, width, of=dtype), scale, row)
+            return gated_residual.gated_residual_reference, gated_residual.gated_residual_backward_reference, given
+        case "sum_of_squares":
+            return sum_of_squares.sum_of_squares_reference, sum_of_squares.sum_of_squares_backward_reference, (x,)
+        case "norm_rope":
+            angle = normal(tokens, HEAD // 2)
+            sums = x.to(narrow).square().sum(-1)
+            given = (x, sums, normal(width), angle.cos(), angle.sin(), width, 1e-6)
+            return norm_rope.norm_rope_reference, norm_rope.norm_rope_backward_reference, given
+    raise AssertionError(op)
+
+
+OPS = ["modulated_norm", "rms", "gated_residual_norm", "residual_norm", "norm_rope", "gated_residual", "sum_of_squares"]
+
+
+def operator(op: str) -> Any:
+    names = {"rms": "modulated_norm", "residual_norm": "gated_residual_norm"}
+    return getattr(torch.ops.megavid, names.get(op, op))
+
+
+def outputs(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def gradients(function: Callable[..., Any], given: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs that carry a gradient, then gradients of the arguments that take one, of a fixed scalar of them."""
+    leaves = [
+        value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in given
+    ]
+    found = [out for out in outputs(function(*leaves)) if out.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in found]
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return [*found, *torch.autograd.grad(found, inputs, weights, allow_unused=True)]
+
+
+def widened(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_written_out_gradient_is_that_of_autograd(op: str) -> None:
+    reference, backward, given = make(op, 5, 2, 6, torch.float64)
+
+    class Written(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            ctx.inputs, ctx.out = inputs, outputs(reference(*inputs))
+            return tuple(ctx.out) if len(ctx.out) > 1 else ctx.out[0]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            given = ctx.inputs
+            if op in ("modulated_norm", "rms"):
+                x, _, scale, row, _, centered = given
+                return (*backward(grads[0], x, scale, row, *ctx.out[1:], centered), None, None, None)
+            if op == "gated_residual":
+                return (grads[0], *backward(grads[0], *given[1:]), None)
+            if op == "sum_of_squares":
+                return backward(grads[0], given[0])
+            if op == "norm_rope":
+                return (*backward(grads[0], *given), None, None, None, None)
+            _, update, gate, gate_row, _, scale, row, _, centered = given
+            found = backward(grads[0], grads[1], ctx.out[0], update, gate, gate_row, scale, row, *ctx.out[2:], centered)
+            grad_x, grad_update, grad_gate, grad_shift, grad_scale = found
+            first = (grad_x, grad_x, None) if gate is None else (grad_x, grad_update, grad_gate)
+            return (*first, None, grad_shift, grad_scale, None, None, None)
+
+    learnt = 2 if op in ("gated_residual_norm", "residual_norm") else 1
+    leaves = [v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
+    if op == "norm_rope":  # angles take no gradient
+        leaves[3], leaves[4] = leaves[3].detach(), leaves[4].detach()
+    assert torch.autograd.gradcheck(lambda *args: outputs(Written.apply(*args))[:learnt], leaves)
+    expected = gradients(lambda *args: outputs(reference(*args))[:learnt], given, torch.float64)
+    assert len(expected) > learnt
+
+
+@needs_compiled
+@pytest.mark.parametrize(("tokens", "rows", "width"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_is_as_near_as_the_reference(op: str, dtype: torch.dtype, tokens: int, rows: int, width: int) -> None:
+    reference, _, given = make(op, tokens, rows, width, dtype)
+    learnt = 2 if op in ("gated_residual_norm", "residual_norm") else 1
+
+    def first(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: outputs(function(*args))[:learnt]
+
+    exact = gradients(first(reference), widened(given), torch.float64)
+    plain = gradients(first(reference), given, dtype)
+    fast = gradients(first(operator(op)), given, dtype)
+    assert len(fast) == len(plain) == len(exact)
+    for number, (want, near, got) in enumerate(zip(exact, plain, fast)):
+        if want is None or (got is None and op == "norm_rope"):
+            continue  # angles take no gradient
+        assert got.dtype == near.dtype
+        limit = 2 * (near.double() - want).abs().max() if want.numel() else 0.0
+        floor = 4 * torch.finfo(torch.float32).eps * (want.abs().max() if want.numel() else 0.0)
+        error = (got.double() - want).abs().max() if want.numel() else 0.0
+        assert error <= limit + floor, f"output {number}: error {error:.2e}, the reference's {limit / 2:.2e}"
+
+
+@needs_compiled
+@pytest.mark.parametrize("op", OPS)
+def test_operators_are_registered_as_torch_wants_them(op: str) -> None:
+    _, _, given = make(op, 9, 2, 12, torch.float32)
+    is_leaf = [isinstance(v, Tensor) and v.is_floating_point() for v in given]
+    if op == "norm_rope":
+        is_leaf[3] = is_leaf[4] = False
+    args = tuple(v.requires_grad_() if leaf else v for v, leaf in zip(given, is_leaf))
+    torch.library.opcheck(operator(op).default, args)
+
+
+@needs_compiled
+def test_sums_do_not_depend_on_threads() -> None:
+    _, _, given = make("gated_residual_norm", 1000, 3, 64, torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(gradients(lambda *args: outputs(operator("gated_residual_norm")(*args))[:2], given, torch.float32))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+@needs_compiled
+def test_strided_inputs_are_read_as_they_are() -> None:
+    _, _, given = make("norm_rope", 11, 1, 24, torch.float32)
+    wide = torch.cat((given[0], given[0] * 2, given[0] * 3), dim=-1)
+    middle = wide.chunk(3, dim=-1)[1]
+    assert not middle.is_contiguous()
+    assert torch.equal(
+        operator("norm_rope")(middle, *given[1:]), operator("norm_rope")(middle.contiguous(), *given[1:])
+    )
+    _, _, given = make("modulated_norm", 12, 1, 24, torch.float32)
+    every_second = given[0][::2]
+    row = given[3][::2]
+    strided = operator("modulated_norm")(every_second, *given[1:3], row, *given[4:])[0]
+    assert torch.equal(
+        strided, operator("modulated_norm")(every_second.clone(), *given[1:3], row.clone(), *given[4:])[0]
+    )
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    ("op", "change", "error", "message"),
+    [
+        ("modulated_norm", {0: torch.zeros(3)}, ValueError, r"x must be \[T, D\]"),
+        ("modulated_norm", {0: torch.zeros(9, 12, dtype=torch.float16)}, TypeError, "x must be float32 or bfloat16"),
+        ("modulated_norm", {2: torch.zeros(2, 11)}, ValueError, r"shift and scale must be \[R, 12\]"),
+        ("modulated_norm", {3: torch.zeros(9, dtype=torch.int32)}, TypeError, "row must be int64"),
+        ("modulated_norm", {3: torch.full((9,), 2)}, ValueError, r"row must be in \[0, 2\), got 2"),
+        ("gated_residual_norm", {1: torch.zeros(9, 13)}, ValueError, "update must be"),
+        ("gated_residual_norm", {3: torch.full((9,), -1)}, ValueError, r"row must be in \[0, 2\), got -1"),
+        ("gated_residual", {1: torch.zeros(9, 12, dtype=torch.bfloat16)}, TypeError, "update must be Float"),
+        ("sum_of_squares", {0: torch.zeros(4, 6).t()}, ValueError, "neighbouring numbers"),
+        ("norm_rope", {1: torch.zeros(8)}, ValueError, r"sums must be \[9\]"),
+        ("norm_rope", {3: torch.zeros(9, 5), 4: torch.zeros(9, 5)}, ValueError, "heads of 10 numbers must divide"),
+        ("norm_rope", {2: torch.zeros(12, dtype=torch.bfloat16)}, TypeError, "must be float32"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(op: str, change: dict[int, Tensor], error: type[Exception], message: str) -> None:
+    _, _, given = make(op, 9, 2, 12, torch.float32)
+    args = [change.get(number, value) for number, value in enumerate(given)]
+    with pytest.raises(error, match=message):
+        operator(op)(*args)
+
+
+def test_the_choice_is_refused_where_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert block_ops("reference", CPU, torch.float32) is REFERENCE
+    assert block_ops("auto", CPU, torch.float64) is REFERENCE
+    with pytest.raises(ConfigError, match=r"train\.ops = 'compiled' cannot run here: .* not torch\.float64"):
+        block_ops("compiled", CPU, torch.float64)
+    if not why_not_compiled():
+        assert block_ops("auto", CPU, torch.bfloat16) is COMPILED
