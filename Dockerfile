@@ -8,8 +8,9 @@ ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.10-py3
 FROM ${BASE_IMAGE}
 
 WORKDIR /opt/megavid
-COPY pyproject.toml setup.py README.md LICENSE ./
+COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
 COPY megavid megavid
+COPY csrc csrc
 
 # The image's own versions are written down before and compared after; [gpu] is left out, the image has it.
 RUN pip list --format=freeze | grep -iE '^(torch|transformer[-_]engine|apex)(==| @)' | sort > /tmp/before \

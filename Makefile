@@ -10,13 +10,15 @@ DEMO ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 
 STAMP := $(VENV)/.built
+# The compiled ops, with the torch of the environment; everything runs without them.
+OPS := megavid/ops/_C.so
 
 .PHONY: help env demo test lint format unit distributed pytest test-context test-slurm test-mcore-latest clean
 
 help:
 	@echo "make demo               environment, demo videos, shards, training on 4 CPU ranks, sampled video; under runs/demo"
 	@echo "make test               environment, lint, all tests, and the distributed ones again on the newest megatron-core"
-	@echo "make env                the environment alone, in $(VENV)"
+	@echo "make env                the environment alone, in $(VENV), and the compiled ops where there is a C++ compiler"
 	@echo "make lint | format      what CI checks of the source | rewrite it so"
 	@echo "make unit | distributed parts of the tests"
 	@echo "make test-context       context parallelism: every strategy, split and mask against attention on one rank"
@@ -24,7 +26,7 @@ help:
 	@echo "make test-mcore-latest  distributed tests on the newest megatron-core's sources (skipped when offline)"
 	@echo "make clean              remove the environment and caches (not runs/)"
 
-env: $(STAMP)
+env: $(STAMP) $(OPS)
 
 # Built anew when what is installed changes, not when the source does: the install is editable.
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -34,6 +36,18 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# After the install, because pip builds where no torch is. Built anew when a source or the environment changes. What
+# cannot be built stops nothing: `megavid doctor` says what the ops run on.
+$(OPS): $(STAMP) setup.py $(wildcard csrc/*/*)
+	@rm -f $@
+	@if ! command -v "$${CXX:-g++}" >/dev/null && ! command -v c++ >/dev/null; then \
+		echo "make: no C++ compiler (g++, or CXX=): the ops of csrc/ run in plain torch"; \
+	elif $(BIN)/python setup.py --quiet build_ext --inplace; then \
+		echo "make: built the ops of csrc/"; \
+	else \
+		echo "make: the ops of csrc/ did not compile (above): they run in plain torch" >&2; \
+	fi
 
 demo: env
 	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh $(DEMO)
@@ -76,4 +90,4 @@ test-mcore-latest: env
 	$(BIN)/python tools/mcore_latest.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(OPS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

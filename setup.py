@@ -8,7 +8,10 @@ time (build isolation), nothing is built and every op runs on its reference: `me
 import os
 import platform
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,7 +29,7 @@ INSTRUCTION_SETS = {
 # `omp simd` may reorder sums; nothing else may, so -ffast-math stays away.
 CPU_FLAGS = ["-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]
-CUDA_ARCHITECTURES = ("80", "90", "100")
+CUDA_ARCHITECTURES = ("80", "90", "100")  # of these, the ones that the nvcc at hand knows
 
 
 class BuildOps(build_ext):
@@ -36,55 +39,70 @@ class BuildOps(build_ext):
         import torch
         from torch.utils import cpp_extension
 
-        objects: list[Path] = []
         temp = Path(self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
-        compiler = shutil.which(os.environ.get("CXX", "g++")) or "c++"
-        sets = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            for name, flags in sets.items():
-                target = temp / f"{source.stem}_{name}.o"
-                self._run(compiler, *CPU_FLAGS, *flags, f"-DMEGAVID_ISA={name}", "-c", source, "-o", target)
-                objects.append(target)
-        includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-        bindings = ["cpu"]
+        has_cuda = bool(torch.version.cuda and cpp_extension.CUDA_HOME)
+        device = "cuda" if has_cuda else "cpu"
+        compiler = _compiler()
+        jobs = _cpu_jobs(compiler, temp)
         libraries = ["-ltorch_cpu", "-lc10"]
-        if nvcc := _nvcc(torch):
-            bindings.append("cuda")
-            libraries += ["-ltorch_cuda", "-lc10_cuda", f"-L{Path(nvcc).parents[1]}/lib64", "-lcudart"]
-            includes += ["-isystem", str(Path(nvcc).parents[1] / "include")]
-            architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-                target = temp / f"{source.stem}_cuda.o"
-                self._run(nvcc, *CUDA_FLAGS, *architectures, "-c", source, "-o", target)
-                objects.append(target)
+        if has_cuda:
+            jobs += _cuda_jobs(str(Path(cpp_extension.CUDA_HOME) / "bin/nvcc"), temp)
+            libraries += ["-ltorch_cuda", "-lc10_cuda", "-lcudart"]
         # torch's own headers ask for its own standard and its own choice of the string ABI.
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        for binding in bindings:
+        flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-Wall", abi, f'-DMEGAVID_TORCH="{torch.__version__}"']
+        flags += [flag for path in cpp_extension.include_paths(device) for flag in ("-isystem", path)]
+        for binding in ["cpu", "cuda"] if has_cuda else ["cpu"]:
             target = temp / f"bind_{binding}.o"
-            source = ROOT / f"csrc/bind/{binding}.cpp"
-            flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-Wall", abi]
-            self._run(compiler, *flags, *includes, "-c", source, "-o", target)
-            objects.append(target)
+            jobs.append([compiler, *flags, "-c", ROOT / f"csrc/bind/{binding}.cpp", "-o", target])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self._run, jobs))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        paths = [f"-L{path}" for path in cpp_extension.library_paths()]
-        self._run(compiler, "-shared", *objects, *paths, *libraries, "-o", output)
+        paths = [f"-L{path}" for path in cpp_extension.library_paths(device)]
+        # Linked beside its place and moved: a process that has the old one loaded keeps it.
+        linked = temp / output.name
+        self._run([compiler, "-shared", *(job[-1] for job in jobs), *paths, *libraries, "-o", linked])
+        shutil.copy2(linked, output.with_suffix(".new"))
+        output.with_suffix(".new").replace(output)
 
     def get_ext_filename(self, ext_name: str) -> str:
         return str(Path(*ext_name.split(".")).with_suffix(".so"))
 
-    def _run(self, *command: object) -> None:
+    def _run(self, command: Sequence[object]) -> None:
         self.spawn([str(part) for part in command])
 
 
-def _nvcc(torch) -> str:  # type: ignore[no-untyped-def]
-    """nvcc where this torch can use what it compiles, else nothing."""
-    return (shutil.which("nvcc") or "") if torch.version.cuda else ""
+def _cpu_jobs(compiler: str, temp: Path) -> list[list[object]]:
+    """A command for every CPU kernel file and instruction set; the last word is the object file."""
+    sets = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})
+    return [
+        [compiler, *CPU_FLAGS, *flags, f"-DMEGAVID_ISA={name}", "-c", source, "-o", temp / f"{source.stem}_{name}.o"]
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        for name, flags in sets.items()
+    ]
+
+
+def _cuda_jobs(nvcc: str, temp: Path) -> list[list[object]]:
+    """A command for every CUDA kernel file, for all architectures that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"sm_{a}" in known]
+    return [
+        [nvcc, *CUDA_FLAGS, *codes, "-c", source, "-o", temp / f"{source.stem}_cuda.o"]
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    ]
+
+
+def _compiler() -> str:
+    """The C++ compiler, "" where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++") or ""
 
 
 def _can_build() -> bool:
-    if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("c++") is None:
+    if not (ROOT / "csrc/cpu").is_dir():  # an installation without the sources of the ops
+        return False
+    if not _compiler():
         print("megavid: no C++ compiler; ops run on their references", file=sys.stderr)
         return False
     try:

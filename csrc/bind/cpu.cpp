@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -383,4 +384,10 @@ TORCH_LIBRARY_IMPL(megavid, CPU, m) {
   m.impl("sum_of_squares_backward", &megavid::sum_of_squares_backward);
   m.impl("norm_rope", &megavid::norm_rope);
   m.impl("norm_rope_backward", &megavid::norm_rope_backward);
+}
+
+// Of the library itself: they take no tensor, so no device either.
+TORCH_LIBRARY_IMPL(megavid, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", [] { return std::string(megavid::isa_name()); });
+  m.impl("built_with", [] { return std::string(MEGAVID_TORCH); });
 }

@@ -13,8 +13,13 @@ from typing import Any
 import torch
 
 BINARY = Path(__file__).with_name("_C.so")
+BUILD = "python setup.py build_ext --inplace"
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+"""Of the devices that there may be kernels for."""
 
 LIBRARY = torch.library.Library("megavid", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY.define("instruction_set() -> str")  # type: ignore[no-untyped-call]
+LIBRARY.define("built_with() -> str")  # type: ignore[no-untyped-call]
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the compiled ops take; models of other dtypes use the references."""
@@ -43,14 +48,31 @@ def differentiate(name: str, gradient: Callable[..., Any], keep: Callable[..., N
 def why_not_compiled() -> str:
     """Load the compiled library; "" where its implementations are registered, else the reason in one line."""
     if not BINARY.exists():
-        return (
-            "not built: no C++ compiler, or no torch, when megavid was installed; python setup.py build_ext --inplace"
-        )
+        return f"not built: no C++ compiler, or no torch, when megavid was installed; {BUILD}"
     try:
         torch.ops.load_library(str(BINARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{BINARY.name} does not load with torch {torch.__version__}: {' '.join(str(error).split())[:160]}"
+    built_with = torch.ops.megavid.built_with() if _has_kernel("built_with", "CompositeExplicitAutograd") else "another"
+    if built_with != torch.__version__:
+        return f"built with torch {built_with}, this is {torch.__version__}; {BUILD}"
     return ""
+
+
+def instruction_set() -> str:
+    """The widest of this machine's instruction sets that the compiled ops have, for example "avx2"; "" without them."""
+    return "" if why_not_compiled() else str(torch.ops.megavid.instruction_set())
+
+
+def compiled_devices() -> tuple[str, ...]:
+    """Device types that the compiled ops are built for, among "cpu" and "cuda"."""
+    if why_not_compiled():
+        return ()
+    return tuple(device for device, key in DISPATCH_KEYS.items() if _has_kernel("modulated_norm", key))
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"megavid::{name}", key))
 
 
 def why_not_compiled_for(device: torch.device, dtype: torch.dtype) -> str:
@@ -61,6 +83,4 @@ def why_not_compiled_for(device: torch.device, dtype: torch.dtype) -> str:
         return ""
     if reason := why_not_compiled():
         return reason
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("megavid::modulated_norm", key)
-    return "" if has_kernel else f"{BINARY.name} was built without kernels for {device.type}"
+    return "" if device.type in compiled_devices() else f"{BINARY.name} was built without kernels for {device.type}"
