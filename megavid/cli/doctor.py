@@ -183,8 +183,20 @@ def _flex_dispatchers() -> Finding:
 
 
 def _compiled_ops() -> Finding:
-    effect = "every op runs as plain torch; there are no compiled ones in this version"
-    return Finding("compiled ops", "off", "not built", effect)
+    name, plain = "compiled ops", 'norms, residuals and rotation run as plain torch; train.ops = "compiled" is refused'
+    if trouble := why_not("megavid.ops.compiled"):
+        return Finding(name, "off", trouble, plain)
+    import torch
+
+    from megavid.ops.compiled import compiled_devices, instruction_set, why_not_compiled
+
+    if reason := why_not_compiled():
+        return Finding(name, "off", reason, plain)
+    devices = compiled_devices()
+    found = ", ".join(f"{device} ({instruction_set()})" if device == "cpu" else device for device in devices)
+    if torch.cuda.is_available() and "cuda" not in devices:
+        return Finding(name, "warn", f"built for {found}, not for cuda: no nvcc at build time?", plain + " on GPUs")
+    return Finding(name, "on", f"built for {found}", 'train.ops = "compiled" or "auto" takes them; off by default')
 
 
 def _inference() -> Finding:

@@ -1,0 +1,64 @@
+"""Building the compiled ops: what `megavid doctor` says of them, and when a library that is there is not taken."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavid.cli import doctor
+from megavid.ops import compiled
+
+needs_compiled = pytest.mark.skipif(
+    bool(compiled.why_not_compiled()), reason=f"compiled ops: {compiled.why_not_compiled()}"
+)
+
+
+@pytest.fixture(autouse=True)
+def ask_anew() -> Iterator[None]:
+    """The answer is kept for the process: every test here asks for itself."""
+    compiled.why_not_compiled.cache_clear()
+    yield
+    compiled.why_not_compiled.cache_clear()
+
+
+def row() -> doctor.Finding:
+    return next(finding for finding in doctor.examine() if finding.name == "compiled ops")
+
+
+@needs_compiled
+def test_doctor_names_devices_and_instruction_set() -> None:
+    assert compiled.instruction_set() in ("baseline", "avx2", "avx512")
+    assert row().state == "on"
+    assert row().found.startswith(f"built for cpu ({compiled.instruction_set()})")
+    assert 'train.ops = "compiled"' in row().effect
+
+
+@needs_compiled
+def test_doctor_warns_of_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compiled, "compiled_devices", lambda: ("cpu",))
+    finding = doctor._compiled_ops()
+    assert (finding.state, "not for cuda" in finding.found) == ("warn", True)
+
+
+def test_doctor_says_how_to_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiled, "BINARY", tmp_path / "_C.so")
+    assert row().state == "off"
+    assert "python setup.py build_ext --inplace" in row().found
+    assert compiled.instruction_set() == ""
+    assert compiled.compiled_devices() == ()
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "_C.so").write_text("not a library")
+    monkeypatch.setattr(compiled, "BINARY", tmp_path / "_C.so")
+    assert f"_C.so does not load with torch {torch.__version__}" in compiled.why_not_compiled()
+    assert row().state == "off"
+
+
+@needs_compiled
+def test_a_library_of_another_torch_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert compiled.why_not_compiled().startswith("built with torch ")
+    assert "this is 2.99.0" in compiled.why_not_compiled()
