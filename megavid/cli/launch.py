@@ -15,6 +15,7 @@ from megavid.errors import ConfigError
 from megavid.plan.answer import Answer, plan_run
 from megavid.plan.calibration import default_calibration, load_calibration
 from megavid.plan.hardware import hardware, table
+from megavid.plan.job import Job
 from megavid.plan.workload import workload_of_clip
 
 HELP = "write the sbatch script of a planned layout, queue it (or a chain of jobs), follow its log"
@@ -166,4 +167,4 @@ def plan(asked: Asked) -> Answer:
     config = load_run(request.preset, request.flags, world_size=request.world_size)
     gpu = hardware(asked.gpu)
     calibration = load_calibration(Path(asked.calibration)) if asked.calibration else default_calibration(gpu)
-    return plan_run(config, request.world_size, gpu, workload_of_clip(config, *asked.clip), calibration)
+    return plan_run(config, workload_of_clip(config, *asked.clip), Job(request.world_size, gpu, calibration))
