@@ -17,7 +17,7 @@ from megavid.errors import ConfigError, MegavidError, StorageError
 
 COMMANDS = (
     "train", "sample", "plan", "profile", "prepare", "convert", "upcycle", "inspect", "status", "replay", "diff",
-    "launch", "doctor",
+    "launch", "preflight", "doctor",
 )  # fmt: skip
 """Every command, in the order of ``megavid --help``."""
 

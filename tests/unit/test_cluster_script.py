@@ -1,5 +1,6 @@
 """`megavid launch slurm`: what it refuses, what it writes, and that the script is one that a shell reads."""
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -85,3 +86,27 @@ def test_edited_env_sh_is_kept(tmp_path: Path) -> None:
 def test_examples_use_the_shipped_files() -> None:
     for name in ("env.sh", "job.sh"):
         assert (EXAMPLES / name).resolve() == (EXAMPLES / "../../megavid/cluster/files" / name).resolve()
+
+
+@pytest.mark.parametrize(
+    ("said", "host"),
+    [
+        ("megavid: error: rank 0: rank 1 on n1 is silent\nsrun: error: n0: task 0: Exited with exit code 5", "n1"),
+        ("srun: error: n0: task 0: Exited with exit code 5\nsrun: error: n3: tasks 4-7: Killed", "n3"),
+        ("srun: error: n2: task 2: Segmentation fault", "n2"),
+        ("srun: Force Terminated StepId=1.0", "unknown"),
+    ],
+)  # fmt: skip
+def test_fault_is_noted_with_the_host_to_blame(tmp_path: Path, said: str, host: str) -> None:
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "latest").write_text("step_00000003\n")
+    (tmp_path / "errors").write_text(said + "\n")
+    words = f"source {EXAMPLES / 'job.sh'}; OUT={run} errors={tmp_path / 'errors'} status=5; note_fault; bad_hosts"
+    env = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"}
+    for count in (1, 2):
+        done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True, env=env)
+        assert done.stdout.split()[0] == str(count), done.stderr
+    assert (run / "slurm" / "faults").read_text() == f"step_00000003 {host} 5 7.0\n" * 2
+    assert done.stdout.split()[1:] == ([] if host == "unknown" else [host])  # bad once it has failed twice

@@ -1,0 +1,80 @@
+"""`megavid preflight` on the local cluster: the node that is slowed on purpose is the one that is named."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.support.slurm import SlurmCluster
+
+SLOWED = 2
+
+
+@contextmanager
+def halting(pid: int) -> Iterator[None]:
+    """While open, the process runs for a tenth of the time."""
+    is_over = threading.Event()
+
+    def halt() -> None:
+        with suppress(ProcessLookupError):
+            while not is_over.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(0.045)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.005)
+
+    thread = threading.Thread(target=halt)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def rank_pid(cluster: SlurmCluster, rank: int, timeout_s: float = 60.0) -> int:
+    """The Python process of a rank, once it has started."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for pid in cluster.processes():
+            with suppress(OSError):
+                environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                is_python = b"preflight" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if is_python and f"SLURM_PROCID={rank}".encode() in environ and b"SLURM_STEP_ID=0" in environ:
+                    return pid
+        time.sleep(0.1)
+    raise AssertionError("no such rank")
+
+
+def test_slowed_node_is_named_and_excluded(cluster: SlurmCluster, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    srun = ("srun", "--nodes=4", "--ntasks-per-node=1", *cluster.env["MEGAVID_COMMAND"].split())
+    asked = ("preflight", "tiny", "--out", str(out), "--seconds", "16", "--slow-below", "0.4", "--parallel.expert", "2")
+    began = time.monotonic()
+    job = subprocess.Popen(
+        [*srun, *asked], env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert job.stdout is not None
+        said = ""
+        while "measuring 4 ranks" not in said:  # from here on: slow imports would only take long
+            said += (line := job.stdout.readline())
+            assert line, said
+        with halting(rank_pid(cluster, SLOWED)):
+            said += job.communicate(timeout=60)[0]
+    finally:
+        job.kill()  # srun; the cluster's end takes its tasks with it
+        job.wait()
+    assert time.monotonic() - began < 90
+    found = json.loads((out / "slurm" / "preflight.json").read_text())
+    named = [(finding["host"], finding["kind"]) for finding in found["findings"]]
+    assert named == [(f"n{SLOWED}", "slow")], said
+    assert (out / "slurm" / "exclude").read_text() == f"n{SLOWED}\n"
+    assert f"n{SLOWED} is slow: matrix products at" in said
+    assert job.returncode == 3, said
+    assert all(set(rank["axes"]) == {"dp", "ep", "edp"} for rank in found["ranks"])
