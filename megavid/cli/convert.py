@@ -67,6 +67,10 @@ def main(argv: Sequence[str]) -> int:
     job = ConvertJob.of(request)
     for line in job.left_behind():
         print(line)
+    if verifies:
+        from megavid.cli.convert_verify import require_verifiable
+
+        require_verifiable(job.sources, request.to)  # before anything is written
     with tqdm(total=job.nbytes, desc="converting", unit="B", unit_scale=True) as bar:
         if verifies:
             from megavid.cli.convert_verify import verify

@@ -3,6 +3,7 @@
 Owns which of the two sides the engine runs, and which one diffusers or megavid.inference loads.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,32 @@ from megavid.checkpoint.convert.verify import check_gaps, compare, gap_lines
 from megavid.errors import ConfigError
 
 
+def require_verifiable(sources: Sequence[ModelSource], to: str) -> None:
+    """Refuse to verify what nobody else can run.
+
+    Raises:
+        ConfigError: both sides are megavid's, or one is a first-last-frame model in the original layout.
+    """
+    for source in sources:
+        if source.layout == "megavid" and to == "megavid":
+            raise ConfigError("--verify runs one side in diffusers or megavid.inference; here both are megavid's")
+        served_as = to if source.layout == "megavid" else source.layout
+        if served_as == "original" and source.config.image_positions:
+            raise ConfigError(
+                "--verify loads the original layout by diffusers' own renaming, which does not know the positions of "
+                "first-last-frame models; leave --verify out, or convert to or from diffusers' layout"
+            )
+
+
 def verify(source: ModelSource, folder: Path) -> None:
     """Compare a source with the folder that was made of it, and print the difference of every block.
 
     Raises:
         CheckpointError: they differ by more than rounding.
-        ConfigError: neither side is a model that somebody else can run.
     """
     is_checkpoint = (folder / "manifest.json").is_file()
     target = open_checkpoint(folder, "model") if is_checkpoint else open_model(folder)
     served = target if source.layout == "megavid" else source
-    if served.layout == "megavid":
-        raise ConfigError("--verify runs one side in diffusers or megavid.inference; here both are megavid's")
     engine_side = source if served is target else target
     reference = load_served(served)
     # Weights that were rounded on the way are rounded on both sides.

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from megavid.checkpoint.convert import open_model, write_model
 from megavid.errors import CheckpointError, ConfigError
+from megavid.inference import MegavidTransformer3DModel
+from tests.support.tiny_world import tiny_config
 from tests.support.wan_folders import edit_tensors, save_wan
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -33,6 +36,25 @@ def edited(tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]) 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
     src = edited(tmp_path, lambda tensors: tensors.pop(NAME))
     refused(src, tmp_path / "dst", f"missing: {NAME}")
+
+
+@pytest.mark.parametrize("name", ["experts.up.weight", "experts.down.bias"])
+def test_missing_expert_is_named(tmp_path: Path, name: str) -> None:
+    src, stack = tmp_path / "src", f"blocks.1.ffn.{name}"
+    MegavidTransformer3DModel.of_model(tiny_config("wan_moe").model).save_pretrained(src)
+    edit_tensors(src / FILE, lambda tensors: tensors.update({stack: tensors[stack][:-1].contiguous()}))
+    refused(src, tmp_path / "dst", stack)
+
+
+def test_checkpoint_without_one_expert_is_refused(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    MegavidTransformer3DModel.of_model(tiny_config("wan_moe").model).save_pretrained(src)
+    source, name = open_model(src), "blocks.2.moe.experts.3.down.weight"
+    rest = {key: tensor for key, tensor in source.tensors.items() if key != name}
+    for to in ("megavid", "diffusers"):
+        with pytest.raises(CheckpointError, match=name):
+            write_model(replace(source, tensors=rest), tmp_path / "dst", to=to)
+    assert sorted(tmp_path.iterdir()) == [src]
 
 
 def test_renamed_tensor_is_named_with_what_it_may_be(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,71 @@ def test_interrupted_pipeline_does_not_write_a_finished_expert_again(tmp_path: P
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pipe/transformer").iterdir()} == before
     assert sorted(os.listdir(tmp_path)) == ["high", "low", "pipe"]
     assert sorted(os.listdir(tmp_path / "pipe")) == ["model_index.json", "transformer", "transformer_2"]
+
+
+def run_at(folder: Path, **diffusion: float) -> Path:
+    """A megavid checkpoint of a run with these noise levels and this shift."""
+    save_wan(folder.with_name(folder.name + "_src"))
+    source = open_model(folder.with_name(folder.name + "_src"))
+    run = replace(source.run, diffusion=replace(source.run.diffusion, **diffusion))
+    write_model(replace(source, run=run), folder, to="megavid")
+    return folder
+
+
+def test_pipeline_samples_at_the_shift_that_was_trained(tmp_path: Path) -> None:
+    convert(
+        run_at(tmp_path / "run", flow_shift=7.0), tmp_path / "pipe", "diffusers", base=str(make_base(tmp_path / "b"))
+    )
+    scheduler = json.loads((tmp_path / "pipe/scheduler/scheduler_config.json").read_text())
+    assert scheduler["flow_shift"] == 7.0
+    assert json.loads((tmp_path / "b/scheduler/scheduler_config.json").read_text())["flow_shift"] == 12.0
+
+
+def test_experts_of_two_shifts_make_no_pipeline(tmp_path: Path) -> None:
+    high, low = run_at(tmp_path / "high", flow_shift=7.0, sigma_min=0.9), run_at(tmp_path / "low", sigma_max=0.9)
+    with pytest.raises(ConfigError, match=r"trained with diffusion\.flow_shift = .* and "):
+        convert(high, tmp_path / "pipe", "diffusers", second=str(low), base=str(make_base(tmp_path / "base")))
+    assert not (tmp_path / "pipe").exists()
+
+
+def test_one_expert_alone_is_no_pipeline_and_keeps_its_levels(tmp_path: Path) -> None:
+    high = run_at(tmp_path / "high", sigma_min=0.9, flow_shift=5.0)
+    with pytest.raises(ConfigError, match=r"noise levels 0\.9 to 1 only.* --second"):
+        convert(high, tmp_path / "pipe", "diffusers", base=str(make_base(tmp_path / "base")))
+    convert(high, tmp_path / "alone", "diffusers")
+    levels = open_model(tmp_path / "alone").run.diffusion
+    assert (levels.sigma_min, levels.sigma_max, levels.flow_shift) == (0.9, 1.0, 5.0)
+
+
+def test_a_pipeline_of_two_does_not_lose_one(tmp_path: Path) -> None:
+    save_wan(tmp_path / "src")
+    base = make_base(tmp_path / "base", transformer_2=["diffusers", "WanTransformer3DModel"])
+    with pytest.raises(ConfigError, match="has two transformers"):
+        convert(tmp_path / "src", tmp_path / "pipe", "diffusers", base=str(base))
+
+
+@pytest.mark.parametrize("name", ["..", "../other", "a/b"])
+def test_parts_lie_in_the_pipeline(tmp_path: Path, name: str) -> None:
+    save_wan(tmp_path / "src")
+    base = make_base(tmp_path / "base", **{name: ["diffusers", "X"]})
+    with pytest.raises(ConfigError, match="which is no folder's name"):
+        convert(tmp_path / "src", tmp_path / "pipe", "diffusers", base=str(base))
+    assert not (tmp_path / "pipe").exists()
+
+
+def test_changed_base_is_copied_anew(tmp_path: Path) -> None:
+    save_wan(tmp_path / "src")
+    base = make_base(tmp_path / "base")
+    request = ConvertRequest(tmp_path / "src", tmp_path / "pipe", "diffusers", "convert", base=str(base))
+
+    def stop(source: object, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ConvertJob.of(request).run(check=stop)
+    (base / "vae" / "big.bin").write_bytes(b"other")
+    ConvertJob.of(request).run()
+    assert (tmp_path / "pipe/vae/big.bin").read_bytes() == b"other"
 
 
 @pytest.mark.parametrize(

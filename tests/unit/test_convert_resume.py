@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megavid.checkpoint.convert import ModelSource, open_model, write_model
 from megavid.checkpoint.convert import write as writing
-from megavid.errors import CheckpointError, StorageError
+from megavid.errors import CheckpointError, ConfigError, StorageError
 from tests.support.wan_folders import assert_same_files, save_wan
 
 KILLED = """
@@ -110,6 +110,27 @@ def test_bytes_lost_behind_the_journal_are_written_again(tmp_path: Path) -> None
         opened.write(bytes(3000))
     write_model(open_model(src), tmp_path / "dst", to="diffusers", max_shard_bytes=10**9)
     assert_same_files(tmp_path / "dst", src)
+
+
+def test_finished_file_that_changed_since_is_written_again(tmp_path: Path) -> None:
+    src = save_wan(tmp_path / "src")
+    killed_at(src, tmp_path / "dst", "diffusers", 200_000)
+    file = next((tmp_path / "dst.partial").glob("*00001-of-*.safetensors"))
+    with open(file, "r+b") as opened:
+        opened.seek(-5, os.SEEK_END)
+        opened.write(b"\x01")
+    write_model(open_model(src), tmp_path / "dst", to="diffusers", max_shard_bytes=60_000)
+    assert_same_files(tmp_path / "dst", src)
+
+
+def test_folder_that_no_conversion_made_is_left_alone(tmp_path: Path) -> None:
+    src = save_wan(tmp_path / "src")
+    (tmp_path / "dst.partial").mkdir()
+    (tmp_path / "dst.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"dst\.partial exists and is no interrupted conversion"):
+        write_model(open_model(src), tmp_path / "dst", to="megavid")
+    assert (tmp_path / "dst.partial" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "dst").exists()
 
 
 def test_another_conversion_does_not_go_on_with_what_it_finds(tmp_path: Path) -> None:

@@ -162,7 +162,8 @@ def _of_diffusers(fields: Mapping[str, Any], recorded: Recorded, where: str, *, 
         "image_size": image_size,
     }
     if image_size:
-        table |= {"image_length": positions or _IMAGE_LENGTH, "image_positions": positions}
+        length = positions or recorded.get("image_length", _IMAGE_LENGTH)
+        table |= {"image_length": length, "image_positions": positions}
     if is_inference:
         _require(given, where, weight_format="plain")
         table |= {key: given[key] for key in ("family", "absolute_positions", "latent_frame_rate", "text_length")}

@@ -9,16 +9,18 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from megavid.checkpoint.convert import pipeline
+from megavid.checkpoint.convert.journal import open_lock
 from megavid.checkpoint.convert.pipeline import EXPERTS, ORIGINAL_EXPERTS
 from megavid.checkpoint.convert.shards import OpenFiles, open_shards
 from megavid.checkpoint.convert.source import MOMENTS, ModelSource, open_model
 from megavid.checkpoint.convert.target import MAX_SHARD_BYTES, plan_target
 from megavid.checkpoint.convert.write import (
+    ASKED,
     Progress,
     clear_folder,
     layout_for,
@@ -103,6 +105,8 @@ class ConvertJob:
         for source in sources:
             plan_target(source, layout_for(source, request.to), **job._options())
         if request.base:
+            _shift(sources)
+            _refuse_part_of_levels(sources)
             pipeline.index_of(pipeline.base_parts(Path(request.base)), [s.config for s in sources], boundary)
         return job
 
@@ -139,8 +143,8 @@ class ConvertJob:
         if self.folders == [""]:
             self._write(self.sources[0], request.dst, progress, check)
             return
-        with new_folder(request.dst) as partial, storage_errors(partial):
-            self._take_up(partial)
+        with new_folder(request.dst) as partial, storage_errors(partial), open_lock(partial / ASKED) as note:
+            self._take_up(partial, note)
             for source, name in zip(self.sources, self.folders, strict=True):
                 if (partial / name).exists():  # whole, else it would have another name
                     progress(plan_target(source, layout_for(source, request.to), **self._options()).nbytes)
@@ -152,8 +156,10 @@ class ConvertJob:
                 index = pipeline.index_of(base, models, self.boundary)
                 if base is not None:
                     pipeline.copy_parts(Path(request.base), index, partial)
+                    if (shift := _shift(self.sources)) is not None:
+                        pipeline.write_shift(partial, shift)
                 pipeline.write_index(partial, index)
-            (partial / _ASKED).unlink()
+            (partial / ASKED).unlink()
 
     def _write(self, source: ModelSource, dst: Path, progress: Progress, check: Check | None) -> None:
         write_model(
@@ -166,17 +172,17 @@ class ConvertJob:
             **self._options(),
         )
 
-    def _take_up(self, partial: Path) -> None:
+    def _take_up(self, partial: Path, note: IO[bytes]) -> None:
         """Go on with what an interrupted run of the same request has done, or begin anew."""
-        facts = [self.request.command, *(source.identity for source in self.sources)]
-        asked = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        note = partial / _ASKED
-        if not note.is_file() or note.read_text() != asked:
+        base = pipeline.base_identity(Path(self.request.base)) if self.request.base else []
+        facts = [self.request.command, *(source.identity for source in self.sources), base]
+        asked = hashlib.sha256(json.dumps(facts).encode()).hexdigest().encode()
+        note.seek(0)
+        if note.read() != asked:
             clear_folder(partial)
-            note.write_text(asked)
-
-
-_ASKED = "asked.sha256"
+            note.truncate(0)
+            note.write(asked)
+            note.flush()
 
 
 def _model_folders(request: ConvertRequest) -> list[Path]:
@@ -235,6 +241,36 @@ def _boundary(request: ConvertRequest, sources: Sequence[ModelSource]) -> float:
                 f"{source.run.diffusion.sigma_max:g}: SRC must be the high-noise expert, --second the low-noise one"
             )
     return pipeline.check_boundary(next(iter(known.values())), "--boundary")
+
+
+def _shift(sources: Sequence[ModelSource]) -> float | None:
+    """The shift of noise levels that runs trained with, for the pipeline's scheduler; None where no source is a run.
+
+    Raises:
+        ConfigError: two experts differ in it, or it follows the size of the clip.
+    """
+    told = {source.run.diffusion.flow_shift for source in sources if source.layout == "megavid"}
+    if len(told) > 1:
+        raise ConfigError(
+            f"the experts were trained with diffusion.flow_shift = {' and '.join(f'{shift:g}' for shift in told)}; "
+            "the one scheduler of a pipeline has one shift"
+        )
+    if any(source.layout == "megavid" and source.run.diffusion.shift_reference_tokens for source in sources):
+        raise ConfigError(
+            "--pipeline: this run's shift follows the size of the clip (diffusion.shift_reference_tokens > 0), a "
+            "pipeline's scheduler has one; convert without --pipeline and set the shift of each size where it is served"
+        )
+    return next(iter(told), None)
+
+
+def _refuse_part_of_levels(sources: Sequence[ModelSource]) -> None:
+    """Raise ``ConfigError`` for a pipeline of one expert alone: nothing would say that it is half a model."""
+    levels = sources[0].run.diffusion
+    if len(sources) == 1 and not levels.has_all_levels:
+        raise ConfigError(
+            f"{sources[0].path} was trained on noise levels {levels.sigma_min:g} to {levels.sigma_max:g} only, and "
+            "cannot sample alone; give the other expert with --second"
+        )
 
 
 def _within(source: ModelSource, **levels: Any) -> ModelSource:

@@ -91,12 +91,23 @@ def open_journal(folder: Path) -> Iterator[Journal]:
     Raises:
         CheckpointError: another process is writing there.
     """
-    with open(folder / JOURNAL, "a+b") as file:
+    with open_lock(folder / JOURNAL) as file:
+        yield Journal(file)
+
+
+@contextmanager
+def open_lock(path: Path) -> Iterator[IO[bytes]]:
+    """The file ``path``, locked, to be read and appended to: who has it writes to its folder, and nobody else.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    with open(path, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InUseError(f"{folder} is being written by another process; wait for it, or end it") from None
-        yield Journal(file)
+            raise InUseError(f"{path.parent} is being written by another process; wait for it, or end it") from None
+        yield file
 
 
 class InUseError(CheckpointError):

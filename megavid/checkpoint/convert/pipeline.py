@@ -17,6 +17,7 @@ from megavid.config.schema import ModelConfig
 from megavid.errors import ConfigError
 
 PIPELINE = "model_index.json"
+SCHEDULER = Path("scheduler") / "scheduler_config.json"
 EXPERTS = ("transformer", "transformer_2")
 """Folders of the high-noise expert (or the only transformer) and of the low-noise expert."""
 ORIGINAL_EXPERTS = ("high_noise_model", "low_noise_model")
@@ -49,7 +50,7 @@ def surroundings(transformer: Path) -> Surroundings:
     index = read_json(folder / PIPELINE)
     model = {"task": "ti2v"} if index.get("expand_timesteps") is True else {}
     diffusion = _levels(index.get("boundary_ratio"), transformer.resolve().name == EXPERTS[0], folder / PIPELINE)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler = folder / SCHEDULER
     if scheduler.is_file():
         fields = read_json(scheduler)
         shift = fields.get("flow_shift", fields.get("shift"))
@@ -96,6 +97,8 @@ def base_parts(base: Path) -> dict[str, Any]:
         raise ConfigError(f"--pipeline {base} has no {PIPELINE}; give a diffusers pipeline folder")
     index = read_json(base / PIPELINE)
     for name in _copied(index):
+        if name in (".", "..") or "/" in name or "\\" in name:
+            raise ConfigError(f"--pipeline {base} names a part {name!r} in its {PIPELINE}, which is no folder's name")
         if not (base / name).is_dir():
             raise ConfigError(f"--pipeline {base} names {name} in its {PIPELINE}, but has no such folder")
     return index
@@ -125,11 +128,39 @@ def index_of(base: Mapping[str, Any] | None, models: list[ModelConfig], boundary
             f"--pipeline is a {base.get('_class_name')}, which does not fit model.task = {task!r}; give a "
             f"{_class_of(task)}"
         )
+    if len(models) == 1 and base is not None and _is_named(base, EXPERTS[1]):
+        raise ConfigError(
+            "--pipeline has two transformers, for high noise and for low noise, and SRC is one model; give the other "
+            "expert with --second, or a pipeline of one transformer"
+        )
     for name, model in zip(EXPERTS, [*models, None][: len(EXPERTS)]):
         index[name] = [None, None] if model is None else list(_library_of(model))
     index["boundary_ratio"] = boundary
     index["expand_timesteps"] = task == "ti2v"
     return index
+
+
+def _is_named(index: Mapping[str, Any], name: str) -> bool:
+    value = index.get(name)
+    return isinstance(value, list) and len(value) == 2 and value[0] is not None
+
+
+def base_identity(base: Path) -> list[Any]:
+    """What the parts that are copied are told apart by: every file's name, size and time."""
+    parts = [base / PIPELINE, *(path for name in _copied(base_parts(base)) for path in (base / name).rglob("*"))]
+    return sorted(
+        [str(path.relative_to(base)), path.stat().st_size, path.stat().st_mtime_ns] for path in parts if path.is_file()
+    )
+
+
+def write_shift(folder: Path, shift: float) -> None:
+    """Give the scheduler of the pipeline in ``folder`` the shift that its transformers were trained with."""
+    path = folder / SCHEDULER
+    if path.is_file():
+        fields = read_json(path)
+        fields["shift" if "flow_shift" not in fields and "shift" in fields else "flow_shift"] = shift
+        path.unlink()
+        write_file(path, [(json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()])
 
 
 def _class_of(task: str) -> str:

@@ -51,8 +51,10 @@ class Side:
         return {"path": self.path, "layout": self.layout, "sha256": digest, "tensors": notes}
 
 
-def record_bytes(source: Side, target: Side, model: ModelConfig, *, command: str) -> bytes:
-    """The content of conversion.json."""
+def record_bytes(
+    source: Side, target: Side, model: ModelConfig, diffusion: Mapping[str, float], *, command: str
+) -> bytes:
+    """The content of conversion.json; ``diffusion`` is what the weights know of noise levels, keys of that table."""
     fields = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -60,6 +62,7 @@ def record_bytes(source: Side, target: Side, model: ModelConfig, *, command: str
         "command": command,
         "columns": ["dtype", "shape", "sha256"],
         "model": asdict(model),
+        "diffusion": dict(diffusion),
         "source": source.to_json(),
         "target": target.to_json(),
     }
@@ -72,10 +75,12 @@ class Record:
 
     Attributes:
         model: table ``model`` of the config then.
+        diffusion: keys of ``diffusion`` then: noise levels and shift.
         tensors: what lies beside it, by name.
     """
 
     model: Mapping[str, Any]
+    diffusion: Mapping[str, Any]
     tensors: Mapping[str, TensorNote]
 
     @property
@@ -111,7 +116,7 @@ def parse_record(content: bytes, path: Path) -> Record:
             str(name): TensorNote(str(dtype), tuple(shape), str(digest))
             for name, (dtype, shape, digest) in target["tensors"].items()
         }
-        record = Record(dict(fields["model"]), tensors)
+        record = Record(dict(fields["model"]), dict(fields.get("diffusion", {})), tensors)
         is_whole = overall(record.digests) == target["sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not what this megavid writes: {type(error).__name__} {error}") from error

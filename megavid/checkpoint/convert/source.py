@@ -147,7 +147,7 @@ def _open_folder(path: Path) -> ModelSource:
         model=model,
         precision=PrecisionConfig(dtype=_precision(tensors)),
         optimizer=OptimizerConfig(ema_decay=0.0),
-        diffusion=DiffusionConfig(**around.diffusion),
+        diffusion=DiffusionConfig(**{**(record.diffusion if record else {}), **around.diffusion}),
     )
     return ModelSource(run, tensors, path, layout, ledger, identity=_identity(path, ["*.safetensors", "*.json"]))
 
@@ -212,7 +212,7 @@ def check_record(record: Record | None, tensors: Mapping[str, LazyTensor], where
 
 def _check_floating(tensors: Mapping[str, LazyTensor]) -> None:
     for tensor in tensors.values():
-        if not tensor.dtype.is_floating_point:
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:  # float8 has scales of its own
             raise CheckpointError(f"{tensor.where} has dtype {tensor.dtype}: quantised weights cannot be converted")
 
 

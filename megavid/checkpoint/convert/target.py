@@ -16,7 +16,14 @@ from megavid import __version__
 from megavid.checkpoint.convert.configs import Layout, config_json
 from megavid.checkpoint.convert.lazy import LazyTensor
 from megavid.checkpoint.convert.source import BUFFER, CONFIG, TABLES, ModelSource
-from megavid.checkpoint.convert.tables import ALWAYS_FP32, KEPT_FP32, links, matches
+from megavid.checkpoint.convert.tables import (
+    ALWAYS_FP32,
+    KEPT_FP32,
+    check_same_tensors,
+    expected_tensors,
+    links,
+    matches,
+)
 from megavid.checkpoint.files import FileRecord
 from megavid.checkpoint.format import DIGEST, INDEX, MANIFEST, RUN, STATE, code_of, entry_name, header, tensor_file
 from megavid.checkpoint.index import Index, SavedBox
@@ -118,8 +125,9 @@ def plan_target(
 
     Raises:
         ConfigError: the layout cannot hold this model.
-        CheckpointError: it has no name for a tensor.
+        CheckpointError: it has no name for a tensor, or the source lacks one.
     """
+    check_same_tensors(expected_tensors(source.config), source.tensors, str(source.path))
     if layout == "megavid":
         tensors = {_saved_name(name): tensor for name, tensor in _converted(source.tensors, dtype).items()}
         for name, tensor in source.extra.items():

@@ -26,10 +26,12 @@ from megavid.checkpoint.convert.ledger import HashThread, bytes_of
 from megavid.checkpoint.convert.record import RECORD, Side, TensorNote, record_bytes
 from megavid.checkpoint.convert.source import ModelSource
 from megavid.checkpoint.convert.target import MAX_SHARD_BYTES, Target, TargetFile, plan_target
-from megavid.checkpoint.files import FileRecord, sync_folder, write_file
+from megavid.checkpoint.files import FileRecord, hash_file, sync_folder, write_file
 from megavid.checkpoint.format import PARTIAL, code_of
 from megavid.errors import CheckpointError, ConfigError, MegavidError, StorageError
 
+ASKED = "asked.sha256"
+"""What the folder of an unfinished pipeline is of, and its lock."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Progress = Callable[[int], object]
@@ -82,7 +84,9 @@ def write_model(
         source.ledger.digests.update(journal.sources)
         digests, files = _write_tensors(source, target, partial, journal, progress)
         source.ledger.complete()
-        record = record_bytes(_source_side(source), _target_side(dst, target, digests), source.config, command=command)
+        record = record_bytes(
+            _source_side(source), _target_side(dst, target, digests), source.config, _levels(source), command=command
+        )
         for name, content in target.small_files(files, (RECORD, record)).items():
             (partial / name).unlink(missing_ok=True)
             write_file(partial / name, [content])
@@ -118,6 +122,7 @@ def new_folder(dst: Path) -> Iterator[Path]:
     """
     partial = dst.with_name(dst.name + PARTIAL)
     with storage_errors(partial):
+        _refuse_foreign(partial)
         partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
@@ -136,6 +141,18 @@ def new_folder(dst: Path) -> Iterator[Path]:
         raise
 
 
+def _refuse_foreign(partial: Path) -> None:
+    """Raise ``ConfigError`` where ``partial`` is there and no conversion has made it: it would be cleared."""
+    is_ours = partial.is_dir() and not partial.is_symlink()
+    if is_ours and any(partial.iterdir()):
+        is_ours = any((partial / name).is_file() for name in (JOURNAL, ASKED))
+    if not is_ours and (partial.exists() or partial.is_symlink()):
+        raise ConfigError(
+            f"{partial} exists and is no interrupted conversion, which is what stands there meanwhile; move it away, "
+            "or give another DST"
+        )
+
+
 @contextmanager
 def storage_errors(partial: Path) -> Iterator[None]:
     """Turn an ``OSError`` of the body into one line."""
@@ -151,7 +168,7 @@ def storage_errors(partial: Path) -> Iterator[None]:
 def clear_folder(partial: Path) -> None:
     """Remove what another conversion has left."""
     for entry in partial.iterdir():
-        if entry.name == JOURNAL:
+        if entry.name in (JOURNAL, ASKED):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -176,7 +193,7 @@ def _write_tensors(
         writer = _Writer(source, journal, progress, of_tensor, of_file)
         for file in target.files:
             path, done = partial / file.name, journal.files.get(file.name)
-            if done is not None and path.is_file() and path.stat().st_size == done.size == file.size:
+            if done is not None and path.is_file() and hash_file(path) == done:
                 progress(done.size)
             else:
                 done = writer.write(path, file)
@@ -273,6 +290,16 @@ def _check_finite(block: Tensor, tensor: LazyTensor, name: str) -> None:
 def _write_all(out: IO[bytes], data: memoryview) -> None:
     while data:  # a raw write may take less than it was given
         data = data[out.write(data) :]
+
+
+def _levels(source: ModelSource) -> dict[str, float]:
+    """What the weights know of noise levels, keys of ``diffusion``."""
+    diffusion = source.run.diffusion
+    return {
+        "sigma_min": diffusion.sigma_min,
+        "sigma_max": diffusion.sigma_max,
+        "flow_shift": diffusion.flow_shift,
+    }
 
 
 def _source_side(source: ModelSource) -> Side:
