@@ -13,40 +13,20 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "checks.h"
 #include "isa.h"
 
 namespace megavid {
 namespace {
 
-using at::Tensor;
-
 // Tokens that one thread takes at least; below, threads cost more than they bring.
 constexpr int64_t kGrain = 16;
-
-void check_row_table(const char* op, const Tensor& x, const Tensor& table, const Tensor& row) {
-  TORCH_CHECK_VALUE(x.dim() == 2, op, ": x must be [T, D], got ", x.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
-                   ": x must be float32 or bfloat16, got ", x.scalar_type());
-  TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, op, ": shift and scale must be float32, got ",
-                   table.scalar_type());
-  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == x.size(1), op, ": shift and scale must be [R, ", x.size(1),
-                    "], got ", table.sizes());
-  TORCH_CHECK_TYPE(row.scalar_type() == at::kLong, op, ": row must be int64, got ", row.scalar_type());
-  TORCH_CHECK_VALUE(row.dim() == 1 && row.size(0) == x.size(0), op, ": row must be [", x.size(0), "], got ",
-                    row.sizes());
-}
 
 void check_rows_in_range(const char* op, const Tensor& row, int64_t rows) {
   const int64_t* data = row.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < row.numel(); ++i) {
     TORCH_CHECK_VALUE(data[i] >= 0 && data[i] < rows, op, ": row must be in [0, ", rows, "), got ", data[i]);
   }
-}
-
-void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
-  TORCH_CHECK_VALUE(tensor.sizes() == x.sizes(), op, ": ", name, " must be ", x.sizes(), ", got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must be ", x.scalar_type(), ", got ",
-                   tensor.scalar_type());
 }
 
 // First token of every run, then T: a run ends where a row changes, and after kRunTokens tokens.
@@ -76,21 +56,6 @@ Tensor sum_runs(const Tensor& row, const std::vector<int64_t>& starts, const Ten
     }
   });
   return sums;
-}
-
-// What forward and backward of both norms fill in alike.
-ModulatedNorm norm_job(const Tensor& x, const Tensor& scale, const Tensor& row, const Tensor& mean,
-                       const Tensor& rstd, bool is_centered) {
-  ModulatedNorm job{};
-  job.x = x.const_data_ptr();
-  job.scale = scale.const_data_ptr<float>();
-  job.row = row.const_data_ptr<int64_t>();
-  job.mean = const_cast<float*>(mean.const_data_ptr<float>());
-  job.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
-  job.width = x.size(1);
-  job.is_centered = is_centered;
-  job.is_bf16 = x.scalar_type() == at::kBFloat16;
-  return job;
 }
 
 std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_, const Tensor& scale_,
@@ -256,22 +221,6 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad_y_, const 
   return {grad_update, sum_runs(row, starts, run_gate, gate)};
 }
 
-void check_rows_of_numbers(const char* op, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.stride(1) == 1, op, ": x must be [T, n] with neighbouring numbers, got ",
-                    x.sizes(), " with strides ", x.strides());
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
-                   ": x must be float32 or bfloat16, got ", x.scalar_type());
-}
-
-SumOfSquares squares_job(const Tensor& x) {
-  SumOfSquares job{};
-  job.x = x.const_data_ptr();
-  job.x_stride = x.stride(0);
-  job.width = x.size(1);
-  job.is_bf16 = x.scalar_type() == at::kBFloat16;
-  return job;
-}
-
 Tensor sum_of_squares(const Tensor& x) {
   check_rows_of_numbers("sum_of_squares", x);
   Tensor sums = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
@@ -284,12 +233,8 @@ Tensor sum_of_squares(const Tensor& x) {
 }
 
 Tensor sum_of_squares_backward(const Tensor& grad_, const Tensor& x) {
-  check_rows_of_numbers("sum_of_squares_backward", x);
+  check_squares_gradient(grad_, x);
   const Tensor grad = grad_.contiguous();
-  TORCH_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == x.size(0), "sum_of_squares_backward: grad must be [", x.size(0),
-                    "], got ", grad.sizes());
-  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, "sum_of_squares_backward: grad must be float32, got ",
-                   grad.scalar_type());
   Tensor grad_x = at::empty(x.sizes(), x.options());
   SumOfSquares job = squares_job(x);
   job.grad = grad.const_data_ptr<float>();
@@ -298,41 +243,6 @@ Tensor sum_of_squares_backward(const Tensor& grad_, const Tensor& x) {
     MEGAVID_CALL(megavid_sum_of_squares_backward, job, begin, end);
   });
   return grad_x;
-}
-
-void check_norm_rope(const char* op, const Tensor& x, const Tensor& sums, const Tensor& weight, const Tensor& cosine,
-                     const Tensor& sine) {
-  check_rows_of_numbers(op, x);
-  for (const Tensor* each : {&sums, &weight, &cosine, &sine}) {
-    TORCH_CHECK_TYPE(each->scalar_type() == at::kFloat, op, ": sums, weight, cosine and sine must be float32, got ",
-                     each->scalar_type());
-  }
-  TORCH_CHECK_VALUE(sums.dim() == 1 && sums.size(0) == x.size(0), op, ": sums must be [", x.size(0), "], got ",
-                    sums.sizes());
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(1), op, ": weight must be [", x.size(1), "], got ",
-                    weight.sizes());
-  TORCH_CHECK_VALUE(cosine.dim() == 2 && cosine.size(0) == x.size(0) && cosine.sizes() == sine.sizes(), op,
-                    ": cosine and sine must be [", x.size(0), ", A / 2], got ", cosine.sizes(), " and ", sine.sizes());
-  TORCH_CHECK_VALUE(cosine.size(1) > 0 && x.size(1) % (2 * cosine.size(1)) == 0, op, ": heads of ",
-                    2 * cosine.size(1), " numbers must divide the width ", x.size(1));
-}
-
-NormRope rope_job(const Tensor& x, const Tensor& sums, const Tensor& weight, const Tensor& cosine, const Tensor& sine,
-                  int64_t norm_width, double eps) {
-  NormRope job{};
-  job.x = x.const_data_ptr();
-  job.x_stride = x.stride(0);
-  job.sums = sums.const_data_ptr<float>();
-  job.weight = weight.const_data_ptr<float>();
-  job.cosine = cosine.const_data_ptr<float>();
-  job.sine = sine.const_data_ptr<float>();
-  job.tokens = x.size(0);
-  job.width = x.size(1);
-  job.head_size = 2 * cosine.size(1);
-  job.norm_width = static_cast<float>(norm_width);
-  job.eps = static_cast<float>(eps);
-  job.is_bf16 = x.scalar_type() == at::kBFloat16;
-  return job;
 }
 
 Tensor norm_rope(const Tensor& x, const Tensor& sums_, const Tensor& weight_, const Tensor& cosine_,

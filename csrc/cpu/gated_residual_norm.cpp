@@ -1,8 +1,8 @@
 // residual = x + update * gate, and its modulated norm, both written in one pass.
 //
 // Memory traffic per token: forward reads x and update and writes the residual and y; backward reads the residual,
-// update, grad_y and the stream's own gradient, and writes the gradients of x and update. Eager torch moves ten times as
-// much. The norm is of the residual as stored, so that the two outputs belong together in bf16 too.
+// update, grad_y and the stream's own gradient, and writes the gradients of x and update. Eager torch moves ten times
+// as much. The norm is of the residual as stored, so that the two outputs belong together in bf16 too.
 #include "kernels.h"
 #include "moments.h"
 #include "simd.h"

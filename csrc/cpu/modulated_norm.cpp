@@ -1,7 +1,8 @@
 // LayerNorm (or RMSNorm) over the width, then * (1 + scale) + shift with each token's row of a table.
 //
-// Memory traffic per token, in numbers of the width: forward reads x and writes y, the table's row and one copy of x in
-// fp32 stay in the first-level cache; backward reads x and grad_y and writes grad_x. Eager torch moves six times as much.
+// Memory traffic per token, in numbers of the width: forward reads x and writes y, the table's row and one copy of x
+// in fp32 stay in the first-level cache; backward reads x and grad_y and writes grad_x. Eager torch moves six times as
+// much.
 //
 // Gradients of the table are summed run by run: a run is a stretch of tokens of one row, at most kRunTokens long. The
 // caller cuts the runs by that rule alone, so sums do not depend on the number of threads.

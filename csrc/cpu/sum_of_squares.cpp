@@ -1,7 +1,7 @@
 // Sum of the squares of each token's numbers, in fp32: what RMSNorm across heads adds up between ranks.
 //
-// Memory traffic per token: forward reads x; backward reads x and writes its gradient. Eager torch writes the squares, and
-// of bf16 a copy in fp32, which autograd keeps.
+// Memory traffic per token: forward reads x; backward reads x and writes its gradient. Eager torch writes the squares,
+// and of bf16 a copy in fp32, which autograd keeps.
 #include "kernels.h"
 #include "simd.h"
 

@@ -1,0 +1,139 @@
+// residual = x + update * gate, and its modulated norm, both written in one pass.
+//
+// The norm is of the residual as stored, so that the two outputs belong together in bf16 too. A thread reads only those
+// numbers of the residual that it wrote itself.
+#include "device.cuh"
+
+namespace megavid {
+namespace cuda {
+namespace {
+
+template <typename T, bool kCentered>
+__global__ void __launch_bounds__(kThreads) forward(GatedResidualNorm job) {
+  const ModulatedNorm& norm = job.norm;
+  const int64_t token = blockIdx.x, width = norm.width;
+  const T* x = row_of<T>(job.x, token, width);
+  const T* update = row_of<T>(job.update, token, width);
+  const float* gate = job.gate == nullptr ? nullptr : job.gate + job.gate_row[token] * width;
+  T* residual = row_of<T>(job.residual, token, width);
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    store(residual + i, load(x[i]) + load(update[i]) * (gate == nullptr ? 1.0f : gate[i]));
+  }
+  const Moments m = moments<T, kCentered>(residual, width, norm.eps);
+  T* y = row_of<T>(norm.y, token, width);
+  const float* shift = norm.shift + norm.row[token] * width;
+  const float* scale = norm.scale + norm.row[token] * width;
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    store(y + i, (load(residual[i]) - m.mean) * m.rstd * (1.0f + scale[i]) + shift[i]);
+  }
+  if (threadIdx.x == 0) {
+    norm.mean[token] = m.mean;
+    norm.rstd[token] = m.rstd;
+  }
+}
+
+// The gradient that reaches x, of one number.
+template <typename T>
+__device__ float grad_of_x(const GatedResidualNorm& job, int64_t token, int64_t i, float mean_inner,
+                           float mean_product) {
+  const ModulatedNorm& norm = job.norm;
+  const int64_t width = norm.width;
+  const float rstd = norm.rstd[token];
+  const float normed = (load(row_of<T>(norm.x, token, width)[i]) - norm.mean[token]) * rstd;
+  const float inner = load(row_of<T>(norm.grad_y, token, width)[i]) * (1.0f + norm.scale[norm.row[token] * width + i]);
+  return load(row_of<T>(job.grad_residual, token, width)[i]) + rstd * (inner - mean_inner - normed * mean_product);
+}
+
+template <typename T, bool kCentered>
+__global__ void __launch_bounds__(kThreads) backward(GatedResidualNorm job, Sums sums) {
+  const ModulatedNorm& norm = job.norm;
+  const int64_t token = blockIdx.x, width = norm.width;
+  const T* residual = row_of<T>(norm.x, token, width);
+  const T* grad_y = row_of<T>(norm.grad_y, token, width);
+  const float* scale = norm.scale + norm.row[token] * width;
+  const float mean = norm.mean[token], rstd = norm.rstd[token];
+  float sum = 0.0f, product = 0.0f;
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    const float inner = load(grad_y[i]) * (1.0f + scale[i]);
+    sum += inner;
+    product += inner * (load(residual[i]) - mean) * rstd;
+  }
+  const float mean_inner = kCentered ? block_sum(sum) / static_cast<float>(width) : 0.0f;
+  const float mean_product = block_sum(product) / static_cast<float>(width);
+  T* grad_x = row_of<T>(norm.grad_x, token, width);
+  T* grad_update = row_of<T>(job.grad_update, token, width);
+  const float* gate = job.gate == nullptr ? nullptr : job.gate + job.gate_row[token] * width;
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    const float grad = grad_of_x<T>(job, token, i, mean_inner, mean_product);
+    store(grad_x + i, grad);
+    if (gate != nullptr) store(grad_update + i, grad * gate[i]);  // without a gate, grad_x serves both
+  }
+  if (threadIdx.x == 0) {
+    sums.mean_inner[token] = mean_inner;
+    sums.mean_product[token] = mean_product;
+  }
+}
+
+// What a token adds to the gradients of shift and scale, and of the gate where there is one. The gate's needs the
+// gradient of x before it was rounded: it is computed again from two numbers of the token.
+template <typename T, bool kGated>
+struct Terms {
+  GatedResidualNorm job;
+  const float *mean_inner, *mean_product;
+  __device__ void operator()(int64_t token, int64_t column, float* found) const {
+    const ModulatedNorm& norm = job.norm;
+    const float grad = load(row_of<T>(norm.grad_y, token, norm.width)[column]);
+    const float residual = load(row_of<T>(norm.x, token, norm.width)[column]);
+    found[0] = grad;
+    found[1] = grad * (residual - norm.mean[token]) * norm.rstd[token];
+    if (kGated) {
+      found[2] = grad_of_x<T>(job, token, column, mean_inner[token], mean_product[token]) *
+                 load(row_of<T>(job.update, token, norm.width)[column]);
+    }
+  }
+};
+
+template <typename T>
+cudaError_t run_forward(const GatedResidualNorm& job, int64_t tokens, cudaStream_t stream) {
+  const unsigned blocks = static_cast<unsigned>(tokens);
+  job.norm.is_centered ? forward<T, true><<<blocks, kThreads, 0, stream>>>(job)
+                       : forward<T, false><<<blocks, kThreads, 0, stream>>>(job);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t run_backward(const GatedResidualNorm& job, const Sums& sums, cudaStream_t stream) {
+  const unsigned blocks = static_cast<unsigned>(sums.tokens);
+  const ModulatedNorm& norm = job.norm;
+  norm.is_centered ? backward<T, true><<<blocks, kThreads, 0, stream>>>(job, sums)
+                   : backward<T, false><<<blocks, kThreads, 0, stream>>>(job, sums);
+  if (const cudaError_t error = cudaGetLastError()) return error;
+  const Table shift{norm.row, sums.rows, norm.run_shift}, scale{norm.row, sums.rows, norm.run_scale};
+  if (job.gate == nullptr) {
+    const Terms<T, false> terms{job, sums.mean_inner, sums.mean_product};
+    return launch_sums(terms, Tables<2>{{shift, scale}}, sums, norm.width, stream);
+  }
+  const Table gate{job.gate_row, sums.gate_rows, job.run_gate};
+  const Terms<T, true> terms{job, sums.mean_inner, sums.mean_product};
+  return launch_sums(terms, Tables<3>{{shift, scale, gate}}, sums, norm.width, stream);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace megavid
+
+using megavid::cuda::BFloat16;
+
+cudaError_t megavid_cuda_gated_residual_norm_forward(const megavid::GatedResidualNorm* job, int64_t tokens,
+                                                     cudaStream_t stream) {
+  if (tokens == 0) return cudaSuccess;
+  return job->norm.is_bf16 ? megavid::cuda::run_forward<BFloat16>(*job, tokens, stream)
+                           : megavid::cuda::run_forward<float>(*job, tokens, stream);
+}
+
+cudaError_t megavid_cuda_gated_residual_norm_backward(const megavid::GatedResidualNorm* job,
+                                                      const megavid::Sums* sums, cudaStream_t stream) {
+  if (sums->tokens == 0) return cudaSuccess;
+  return job->norm.is_bf16 ? megavid::cuda::run_backward<BFloat16>(*job, *sums, stream)
+                           : megavid::cuda::run_backward<float>(*job, *sums, stream);
+}

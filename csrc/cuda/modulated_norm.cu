@@ -1,0 +1,97 @@
+// LayerNorm (or RMSNorm) over the width, then * (1 + scale) + shift with each token's row of a table.
+//
+// Memory traffic per token: forward reads x and writes y; backward reads x and grad_y twice (for the token, and for the
+// columns of the tables) and writes grad_x.
+#include "device.cuh"
+
+namespace megavid {
+namespace cuda {
+namespace {
+
+template <typename T, bool kCentered>
+__global__ void __launch_bounds__(kThreads) forward(ModulatedNorm job) {
+  const int64_t token = blockIdx.x, width = job.width;
+  const T* x = row_of<T>(job.x, token, width);
+  T* y = row_of<T>(job.y, token, width);
+  const float* shift = job.shift + job.row[token] * width;
+  const float* scale = job.scale + job.row[token] * width;
+  const Moments m = moments<T, kCentered>(x, width, job.eps);
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    store(y + i, (load(x[i]) - m.mean) * m.rstd * (1.0f + scale[i]) + shift[i]);
+  }
+  if (threadIdx.x == 0) {
+    job.mean[token] = m.mean;
+    job.rstd[token] = m.rstd;
+  }
+}
+
+template <typename T, bool kCentered>
+__global__ void __launch_bounds__(kThreads) backward(ModulatedNorm job) {
+  const int64_t token = blockIdx.x, width = job.width;
+  const T* x = row_of<T>(job.x, token, width);
+  const T* grad_y = row_of<T>(job.grad_y, token, width);
+  T* grad_x = row_of<T>(job.grad_x, token, width);
+  const float* scale = job.scale + job.row[token] * width;
+  const float mean = job.mean[token], rstd = job.rstd[token];
+  float sum = 0.0f, product = 0.0f;
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    const float inner = load(grad_y[i]) * (1.0f + scale[i]);
+    sum += inner;
+    product += inner * (load(x[i]) - mean) * rstd;
+  }
+  const float mean_inner = kCentered ? block_sum(sum) / static_cast<float>(width) : 0.0f;
+  const float mean_product = block_sum(product) / static_cast<float>(width);
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    const float inner = load(grad_y[i]) * (1.0f + scale[i]);
+    store(grad_x + i, rstd * (inner - mean_inner - (load(x[i]) - mean) * rstd * mean_product));
+  }
+}
+
+// What a token adds to the gradients of shift and scale.
+template <typename T>
+struct Terms {
+  ModulatedNorm job;
+  __device__ void operator()(int64_t token, int64_t column, float* found) const {
+    const float grad = load(row_of<T>(job.grad_y, token, job.width)[column]);
+    found[0] = grad;
+    found[1] = grad * (load(row_of<T>(job.x, token, job.width)[column]) - job.mean[token]) * job.rstd[token];
+  }
+};
+
+template <typename T>
+cudaError_t run_forward(const ModulatedNorm& job, int64_t tokens, cudaStream_t stream) {
+  const unsigned blocks = static_cast<unsigned>(tokens);
+  job.is_centered ? forward<T, true><<<blocks, kThreads, 0, stream>>>(job)
+                  : forward<T, false><<<blocks, kThreads, 0, stream>>>(job);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t run_backward(const ModulatedNorm& job, const Sums& sums, cudaStream_t stream) {
+  const unsigned blocks = static_cast<unsigned>(sums.tokens);
+  job.is_centered ? backward<T, true><<<blocks, kThreads, 0, stream>>>(job)
+                  : backward<T, false><<<blocks, kThreads, 0, stream>>>(job);
+  if (const cudaError_t error = cudaGetLastError()) return error;
+  const Tables<2> tables{{{job.row, sums.rows, job.run_shift}, {job.row, sums.rows, job.run_scale}}};
+  return launch_sums(Terms<T>{job}, tables, sums, job.width, stream);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace megavid
+
+using megavid::cuda::BFloat16;
+
+cudaError_t megavid_cuda_modulated_norm_forward(const megavid::ModulatedNorm* job, int64_t tokens,
+                                                cudaStream_t stream) {
+  if (tokens == 0) return cudaSuccess;
+  return job->is_bf16 ? megavid::cuda::run_forward<BFloat16>(*job, tokens, stream)
+                      : megavid::cuda::run_forward<float>(*job, tokens, stream);
+}
+
+cudaError_t megavid_cuda_modulated_norm_backward(const megavid::ModulatedNorm* job, const megavid::Sums* sums,
+                                                 cudaStream_t stream) {
+  if (sums->tokens == 0) return cudaSuccess;
+  return job->is_bf16 ? megavid::cuda::run_backward<BFloat16>(*job, *sums, stream)
+                      : megavid::cuda::run_backward<float>(*job, *sums, stream);
+}

@@ -1,0 +1,87 @@
+"""Compiled ops on a GPU: against the references in fp64 on CPU, in a fixed order, on any stream."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megavid.ops.compiled import compiled_devices
+from tests.unit.test_ops_compiled import OPS, SIZES, gradients, make, operator, outputs, widened
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or "cuda" not in compiled_devices(),
+    reason="needs a GPU, and ops built with nvcc and a CUDA build of torch",
+)
+
+
+def on_gpu(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.cuda() if isinstance(value, Tensor) else value for value in given)
+
+
+def first(function: Callable[..., Any], op: str) -> Callable[..., Any]:
+    learnt = 2 if op in ("gated_residual_norm", "residual_norm") else 1
+    return lambda *args: outputs(function(*args))[:learnt]
+
+
+@pytest.mark.parametrize(("tokens", "rows", "width"), [*SIZES, (3000, 5, 1536), (500, 21, 5120)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_is_as_near_as_the_reference(op: str, dtype: torch.dtype, tokens: int, rows: int, width: int) -> None:
+    reference, _, given = make(op, tokens, rows, width, dtype)
+    exact = gradients(first(reference, op), widened(given), torch.float64)
+    plain = gradients(first(reference, op), given, dtype)
+    fast = gradients(first(operator(op), op), on_gpu(given), dtype)
+    for number, (want, near, got) in enumerate(zip(exact, plain, fast, strict=True)):
+        if got is None or not want.numel():
+            continue  # angles take no gradient
+        limit = 2 * (near.double() - want).abs().max() + 4 * torch.finfo(torch.float32).eps * want.abs().max()
+        error = (got.cpu().double() - want).abs().max()
+        assert got.dtype == near.dtype
+        assert error <= limit, f"output {number}: error {error:.2e}, limit {limit:.2e}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sums_are_the_same_every_time_and_on_any_stream(op: str) -> None:
+    given = on_gpu(make(op, 3000, 7, 384, torch.bfloat16)[2])
+    once = gradients(first(operator(op), op), given, torch.bfloat16)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        again = gradients(first(operator(op), op), given, torch.bfloat16)
+        torch.cuda.current_stream().synchronize()
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_operators_are_registered_as_torch_wants_them(op: str) -> None:
+    given = on_gpu(make(op, 9, 2, 12, torch.float32)[2])
+    is_leaf = [isinstance(value, Tensor) and value.is_floating_point() for value in given]
+    if op == "norm_rope":
+        is_leaf[3] = is_leaf[4] = False
+    args = tuple(value.requires_grad_() if leaf else value for value, leaf in zip(given, is_leaf, strict=True))
+    torch.library.opcheck(operator(op).default, args)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    given = on_gpu(make("gated_residual_norm", 64, 2, 96, torch.bfloat16)[2])
+    gradients(first(operator("gated_residual_norm"), "gated_residual_norm"), given, torch.bfloat16)
+    leaves = [v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        residual, y, *_ = operator("gated_residual_norm")(*leaves)
+        torch.autograd.backward((residual, y), (torch.ones_like(residual), torch.ones_like(y)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_strided_inputs_are_read_as_they_are() -> None:
+    given = on_gpu(make("norm_rope", 11, 1, 24, torch.float32)[2])
+    wide = torch.cat((given[0] * 2, given[0], given[0] * 3), dim=-1).chunk(3, dim=-1)[1]
+    assert torch.equal(operator("norm_rope")(wide, *given[1:]), operator("norm_rope")(*given))
+
+
+def test_a_table_elsewhere_is_refused() -> None:
+    _, _, given = make("gated_residual", 9, 2, 12, torch.float32)
+    with pytest.raises(ValueError, match="x is on cuda:0, another argument on cpu"):
+        operator("gated_residual")(given[0].cuda(), given[1].cuda(), given[2], given[3].cuda())
