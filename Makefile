@@ -43,7 +43,7 @@ $(OPS): $(STAMP) setup.py $(wildcard csrc/*/*)
 	@rm -f $@
 	@if ! command -v "$${CXX:-g++}" >/dev/null && ! command -v c++ >/dev/null; then \
 		echo "make: no C++ compiler (g++, or CXX=): the ops of csrc/ run in plain torch"; \
-	elif $(BIN)/python setup.py --quiet build_ext --inplace; then \
+	elif $(BIN)/python setup.py --quiet build_ext --inplace && test -f $@; then \
 		echo "make: built the ops of csrc/"; \
 	else \
 		echo "make: the ops of csrc/ did not compile (above): they run in plain torch" >&2; \
