@@ -1,0 +1,244 @@
+"""Compiled ops against plain torch and against torch.compile of it, on CPU, and a training step of `tiny` with either.
+
+    OMP_NUM_THREADS=2 python tools/bench_ops.py --out docs/benchmarks/ops_cpu.md
+
+Every op of a block on ``--tokens`` tokens of ``--width`` numbers, in fp32 and bf16, forward alone (keeping what
+backward needs) and with the backward pass. In every round each of the three is timed once, in turns that change, so
+that what disturbs the machine disturbs all of them; ratios are of the rounds' least and median times. torch.compile is
+given the same function and the time to compile before the first round.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavid.ops.block_ops import COMPILED, REFERENCE, BlockOps
+from megavid.ops.compiled import instruction_set, why_not_compiled
+from megavid.training.profile_report import cpu_name
+
+EPS, CLIPS = 1e-6, 4
+WARM_STEPS = 2
+"""Training steps left out, the first of a process."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op of a block: its name, and what it is called with."""
+
+    name: str
+    function: Callable[[BlockOps], Callable[..., Any]]
+    inputs: Callable[["Sizes", torch.dtype], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens, width and head size of what the ops work on."""
+
+    tokens: int
+    width: int
+    head: int
+
+
+def normal(*shape: int) -> Tensor:
+    """A leaf in fp32."""
+    return torch.randn(*shape).requires_grad_()
+
+
+def stream(sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    """Activations of one pack."""
+    return torch.randn(sizes.tokens, 1, sizes.width).to(dtype).requires_grad_()
+
+
+def rows(sizes: Sizes) -> Tensor:
+    """Every token's row: the pack holds a few clips."""
+    return (torch.arange(sizes.tokens) * CLIPS // sizes.tokens).unsqueeze(1)
+
+
+def norm_rope(ops: BlockOps) -> Callable[..., Any]:
+    """Queries or keys from their product to attention."""
+
+    def call(x_TBn: Tensor, weight_n: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return ops.norm_rope(x_TBn, ops.sum_of_squares(x_TBn), weight_n, cos, sin, x_TBn.shape[-1], EPS)
+
+    return call
+
+
+def _angles(sizes: Sizes) -> list[Tensor]:
+    angles = torch.randn(sizes.tokens, 1, 1, sizes.head // 2)
+    return [angles.cos(), angles.sin()]
+
+
+def _table(sizes: Sizes) -> Tensor:
+    return normal(CLIPS, sizes.width)
+
+
+CASES = (
+    Case(
+        "modulated_norm",
+        lambda ops: lambda *given: ops.modulated_norm(*given, EPS),
+        lambda s, dtype: [stream(s, dtype), _table(s), _table(s), rows(s)],
+    ),
+    Case(
+        "gated_residual_norm, affine",
+        lambda ops: lambda *given: ops.residual_affine_norm(*given, EPS),
+        lambda s, dtype: [stream(s, dtype), stream(s, dtype), _table(s), rows(s), normal(s.width), normal(s.width)],
+    ),
+    Case(
+        "gated_residual_norm, modulated",
+        lambda ops: lambda *given: ops.residual_modulated_norm(*given, EPS),
+        lambda s, dtype: [stream(s, dtype), stream(s, dtype), _table(s), _table(s), rows(s)],
+    ),
+    Case(
+        "gated_residual",
+        lambda ops: ops.gated_residual,
+        lambda s, dtype: [stream(s, dtype), stream(s, dtype), _table(s), rows(s)],
+    ),
+    Case(
+        "sum_of_squares, norm_rope",
+        norm_rope,
+        lambda s, dtype: [stream(s, dtype), normal(s.width), *_angles(s)],
+    ),
+)
+
+
+def passes(function: Callable[..., Any], inputs: list[Tensor], is_backward: bool) -> Callable[[], None]:
+    """A forward pass, or a forward and a backward pass, as a call."""
+    leaves = [x for x in inputs if x.requires_grad]
+    found = function(*inputs)
+    grads = [torch.randn_like(out) for out in ([found] if isinstance(found, Tensor) else found)]
+
+    def call() -> None:
+        found = function(*inputs)
+        if is_backward:
+            torch.autograd.grad([found] if isinstance(found, Tensor) else list(found), leaves, grads)
+
+    return call
+
+
+def time_in_turn(calls: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Seconds of every call in every round; the order turns from round to round."""
+    for call in calls:
+        call()
+        call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds):
+        for number in range(len(calls)):
+            which = (number + turn) % len(calls)
+            began = time.perf_counter()
+            calls[which]()
+            seconds[which].append(time.perf_counter() - began)
+    return seconds
+
+
+def time_ops(sizes: Sizes, rounds: int) -> list[str]:
+    """The table of ops."""
+    lines = [
+        "| op | dtype | pass | plain torch, ms | op, ms | torch.compile, ms | plain / op | torch.compile / op |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for case in CASES:
+        compiled = torch.compile(case.function(REFERENCE), dynamic=False, fullgraph=True)
+        functions = (case.function(REFERENCE), case.function(COMPILED), compiled)
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(0)
+            inputs = case.inputs(sizes, dtype)
+            for is_backward in (False, True):
+                seconds = time_in_turn([passes(f, inputs, is_backward) for f in functions], rounds)
+                least, middle = [min(s) for s in seconds], [statistics.median(s) for s in seconds]
+                cells = [f"{low * 1e3:.1f} / {mid * 1e3:.1f}" for low, mid in zip(least, middle, strict=True)]
+                ratios = [f"{least[i] / least[1]:.1f} / {middle[i] / middle[1]:.1f}" for i in (0, 2)]
+                both = "forward + backward" if is_backward else "forward"
+                lines.append(f"| {' | '.join([case.name, str(dtype)[6:], both, *cells, *ratios])} |")
+                print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+def steps_of(folder: Path, ops: str, steps: int) -> list[float]:
+    """Seconds of the steps of a run of `tiny` in a process of its own, without the first ones."""
+    out = folder / f"{ops}_{time.monotonic_ns()}"
+    changes = ["--train.ops", ops, "--train.steps", str(steps + WARM_STEPS)]
+    command = [sys.executable, "-m", "megavid", "train", "tiny", "--out", str(out), *changes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"bench_ops: training failed: {done.stderr[-800:]}")
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["step_time_s"] for row in found][WARM_STEPS:]
+
+
+def time_steps(steps: int, rounds: int) -> list[str]:
+    """The table of training steps."""
+    seconds: dict[str, list[float]] = {"reference": [], "compiled": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(rounds):
+            for ops in sorted(seconds, reverse=bool(turn % 2)):
+                seconds[ops] += steps_of(Path(folder), ops, steps)
+    least, middle = (
+        [measure(seconds[ops]) * 1e3 for ops in ("reference", "compiled")] for measure in (min, statistics.median)
+    )
+    cells = [f"{low:.0f} / {mid:.0f}" for low, mid in zip(least, middle, strict=True)]
+    ratio = f"{least[0] / least[1]:.2f} / {middle[0] / middle[1]:.2f}"
+    return [
+        '| `train.ops = "reference"`, ms | `"compiled"`, ms | reference / compiled |',
+        "| ---: | ---: | ---: |",
+        f"| {' | '.join([*cells, ratio])} |",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the ops (default %(default)s)")
+    parser.add_argument("--width", type=int, default=1536, help="numbers of a token (default %(default)s)")
+    parser.add_argument("--head", type=int, default=128, help="numbers of a head (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="of every op (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of a process; 0: none (%(default)s)")
+    parser.add_argument("--step-rounds", type=int, default=2, help="processes of each setting (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the page there too")
+    arguments = parser.parse_args(argv)
+    if reason := why_not_compiled():
+        print(f"bench_ops: {reason}", file=sys.stderr)
+        return 2
+    sizes, load = Sizes(arguments.tokens, arguments.width, arguments.head), os.getloadavg()[0]
+    page = [
+        "# Compiled ops on CPU",
+        "",
+        f"Command: `OMP_NUM_THREADS={torch.get_num_threads()} python tools/bench_ops.py --tokens {arguments.tokens} "
+        f"--width {arguments.width} --rounds {arguments.rounds} --steps {arguments.steps} "
+        f"--step-rounds {arguments.step_rounds}`",
+        "",
+        f"{cpu_name()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, ops for {instruction_set()}; load average at the start {load:.2f}. "
+        f"{arguments.tokens:,} tokens x {arguments.width:,}; times and ratios are least / median of {arguments.rounds} "
+        "interleaved rounds.",
+        "",
+        *time_ops(sizes, arguments.rounds),
+    ]
+    if arguments.steps:
+        page += [
+            "",
+            f"A training step of `tiny` on one rank, from {arguments.step_rounds} x {arguments.steps} steps of each "
+            "setting in turn, in processes of their own, without their first steps; least / median.",
+            "",
+            *time_steps(arguments.steps, arguments.step_rounds),
+        ]
+    print("\n".join(page))
+    if arguments.out is not None:
+        arguments.out.write_text("\n".join(page) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
