@@ -46,8 +46,9 @@ def test_lead_holds_slack_a_step_and_two_saves() -> None:
 
 
 def test_layout_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    flags = ("--parallel.pipeline", "1", "--parallel.virtual_pipeline", "1")
     with pytest.raises(ConfigError, match=r"does not fit: .* --search"):
-        dry_run(tmp_path / "run", "wan_moe_100b_a20b", "--nodes", "8", "--parallel.pipeline", "1")
+        dry_run(tmp_path / "run", "wan_moe_100b_a20b", "--nodes", "8", *flags)
     assert not (tmp_path / "run").exists()
 
 

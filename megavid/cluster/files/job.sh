@@ -57,7 +57,7 @@ run_ranks() {
         sleep 1 # for tee's last lines
         local said
         said=$(sed -n 's/^srun: error: .*: tasks* .*: Exited with exit code \([0-9]*\)$/\1/p' "$errors" |
-            grep -xE '2|3|4|5|75' | head -n 1)
+            grep -xE '1|2|3|4|5|75' | head -n 1)
         status=${said:-$status}
     fi
     # torchrun says 1 whatever its ranks said; the run's own record knows better.
@@ -78,10 +78,11 @@ preflight() {
 note_fault() {
     local step host
     step=$(cat "$OUT/checkpoints/latest" 2>/dev/null || echo none)
-    # The watchdog's word first: "megavid: error: rank 0: rank 1 on n1 does not answer ...". Else the first task that srun saw end, as in "srun:
-    # error: n1: task 2: Killed"; but a rank that ended with status 5 only reports another one.
+    # The watchdog's word first: "megavid: error: rank 0: rank 1 on n1 does not answer". Else the first task that srun saw
+    # end, "srun: error: n1: task 2: Killed"; but a rank that ended with status 5 only reports another one.
     host=$(sed -n 's/^megavid: error: \(rank [0-9]*: \)*rank [0-9]* on \([^ ,;]*\) .*/\2/p' "$errors" | head -n 1)
-    [ -n "$host" ] || host=$(sed -n '/^srun: error: [^: ]*: task/{/exit code 5$/d; s/^srun: error: \([^: ]*\):.*/\1/p}' "$errors" | head -n 1)
+    [ -n "$host" ] || host=$(grep -v 'exit code 5$' "$errors" |
+        sed -n 's/^srun: error: \([^: ]*\): task.*/\1/p' | head -n 1)
     echo "$step ${host:-unknown} $status $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" >> "$OUT/slurm/faults"
     grep -c "^$step " "$OUT/slurm/faults"
 }
