@@ -29,8 +29,31 @@ from torch.nn import Module, Parameter
 from megavid.parallel.te import HAS_TE  # before megatron-core, see there
 from megavid.plan.layout import Layout
 
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Without a GPU, ``torch.compile`` gives functions back as they are while this is open.
+
+    megatron-core decorates its fused functions with it at import, and the first call imports torch's whole compiler: a
+    third of what a rank's start takes. CPU ranks run these functions as they stand anyway (``megavid.parallel.cpu``).
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    compiles = torch.compile
+
+    def as_it_is(function: Any = None, **options: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    torch.compile = as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiles
+
+
 # isort: split
-with warnings.catch_warnings():
+with warnings.catch_warnings(), _nothing_compiled():
     # "Transformer Engine and Apex are not installed": four times at import; `megavid doctor` says it once, and better.
     warnings.simplefilter("ignore")
     from megatron.core import package_info, parallel_state

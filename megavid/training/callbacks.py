@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megavid.config.schema import RunConfig
@@ -190,6 +189,8 @@ class TensorBoard(Callback):
 
     def before_training(self, run: Run) -> None:
         """Open the writer; what an earlier start wrote after the loaded checkpoint is hidden."""
+        from torch.utils.tensorboard import SummaryWriter  # here: half a second of imports, for rank 0 alone
+
         self.writer = SummaryWriter(str(run.run_dir.tensorboard), purge_step=run.state.step + 1)
 
     def after_step(self, run: Run, report: StepReport) -> None:

@@ -15,7 +15,6 @@ from megavid.ops.packs import LatentBatch
 from megavid.training.callbacks import Callback, Run
 from megavid.training.kit import size_of
 from megavid.training.metrics import read_rows
-from megavid.training.plots import plot_run
 from megavid.training.resume import has_average
 from megavid.training.sampling import Prompt, SamplerSettings, decode, rounds, sample_latents
 from megavid.training.step import StepReport
@@ -93,6 +92,8 @@ class LossPlot(Callback):
             self._draw(run)
 
     def _draw(self, run: Run) -> None:
+        from megavid.training.plots import plot_run  # here: a second of imports that one rank in a thousand needs
+
         rows = read_rows(run.run_dir.metrics_file)
         plot_run(rows, run.run_dir.events(), run.run_dir.loss_plot, title=run.run_dir.path.name)
 

@@ -173,7 +173,7 @@ def install(fields: dict[str, Any]) -> None:
     fault = Fault(**fields)
     layer = _Layer(fault)
     if not fault.draws:
-        importlib.import_module("megavid.training.reports").plot_run = lambda *args, **named: None
+        importlib.import_module("megavid.training.plots").plot_run = lambda *args, **named: None
     if fault.lock_wait_s:
         run_dir = importlib.import_module("megavid.training.run_dir")
         run_dir.RunLock.__init__.__kwdefaults__["wait_s"] = fault.lock_wait_s

@@ -26,7 +26,7 @@ from tests.support.faults import Fault, install
 MODULES = (
     "megavid.cli.main", "megavid.cli.train", "megavid.cli.profile", "megavid.training.run",
     "megavid.training.sample_run", "megavid.training.profile_report", "megavid.training.replay",
-    "megavid.training.diff",
+    "megavid.training.diff", "megavid.training.plots", "torch.utils.tensorboard",
 )  # fmt: skip
 
 
