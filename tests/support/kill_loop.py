@@ -95,7 +95,7 @@ class KillLoop:
             if outcome.status == 0:
                 assert curve_of(out) == self.curve, f"the curve differs: {out}"
                 run += 1
-                if before == 0 and kind != "any time":
+                if before == 0:
                     self.whole_s = min(self.whole_s, outcome.seconds)
                 if outcome.kind == "stale":  # read, and got over
                     self.outcomes.append(outcome)
@@ -140,7 +140,9 @@ class KillLoop:
 
     def _kill_at_any_time(self, command: Command, out: Path, rank: int, chance: random.Random) -> str:
         """Kill the launcher or one of its ranks by the clock; what the run was doing, seen from outside."""
-        time.sleep(chance.uniform(0.0, 0.8 * self.whole_s))
+        deadline = time.monotonic() + chance.uniform(0.0, 0.8 * self.whole_s)
+        while (left := deadline - time.monotonic()) > 0 and command.poll() is None:
+            time.sleep(min(left, 0.01))
         ranks = [pid for pid in children_of(command.pid) if is_running(pid)]
         victim = command.pid if rank == -1 or not ranks else ranks[rank % len(ranks)]
         phase = "before the ranks" if not ranks else "start" if not has_started(out, ranks) else "steps"
