@@ -106,16 +106,21 @@ def packs_of(config: RunConfig, numbers: range) -> LatentBatch:
         packs.append(Pack(tuple(clips), config.data.pack_tokens))
         clean.append(rows)
     batch = LatentBatch(tuple(packs), torch.stack(clean), torch.stack(texts))
-    # From another stream, so that what all tasks share is the same in all. Still images are clips without an image.
-    generator = torch.Generator().manual_seed(2000 + numbers.start)
+    # From other streams, so that what all tasks share is the same in all. Still images are clips without an image.
     if model.task == "i2v":
-        shape = (len(packs), config.data.pack_tokens, given - latent)
-        batch = replace(batch, condition_BTP=torch.randn(shape, generator=generator))
+        shape = (config.data.pack_tokens, given - latent)
+        batch = replace(batch, condition_BTP=torch.stack([drawn(2000 + number, *shape) for number in numbers]))
     if model.image_size:
-        image_GLI = torch.randn(len(texts), model.image_length, model.image_size, generator=generator)
+        shape = (model.image_length, model.image_size)
+        image_GLI = torch.stack([drawn(3000 + clip.draw, *shape) * (clip.grid[0] > 1) for clip in batch.clips])
         has_image_G = torch.tensor([clip.grid[0] > 1 for clip in batch.clips])
-        batch = replace(batch, image_GLI=image_GLI * has_image_G.view(-1, 1, 1), has_image_G=has_image_G)
+        batch = replace(batch, image_GLI=image_GLI, has_image_G=has_image_G)
     return batch
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    """Normal numbers of a stream of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def microbatches(config: RunConfig, mesh: Mesh, step: int) -> list[LatentBatch]:
