@@ -212,29 +212,41 @@ def curves_table(results: list[dict[str, Any]]) -> str:
 
 
 def draw(results: list[dict[str, Any]], sizes: Sizes, file: Path) -> None:
-    """One panel a seed: validation loss of every run, and the training loss, smoothed, behind it."""
+    """A column a seed: losses of every run, on held-out clips and in training; below, how far each is from dense."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for seed, (panel, found) in enumerate(zip(panels, results, strict=True)):
-        for number, kind in enumerate(KINDS):
-            curves, color = found[kind], COLORS[number]
-            panel.plot(*zip(*curves["validation"], strict=True), "o-", color=color, markersize=3, label=kind)
-            steps, losses = zip(*curves["train"], strict=True)
-            panel.plot(steps, smooth(losses), color=color, alpha=0.35, linewidth=1)
-        panel.plot(*zip(*found["before"]["validation"], strict=True), "o-", color=COLORS[0], markersize=3)
-        panel.axvline(sizes.before, color="#6b7280", linewidth=1, linestyle=":")
-        panel.set(title=f"seed {seed}", xlabel="step", yscale="log")
-        panel.grid(color="#e5e7eb")
-    panels[0].set_ylabel("loss on held-out clips (dots), training (faint)")
-    panels[0].legend(frameon=False)
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    panels = figure.subplots(2, len(results), sharey="row", sharex="col", squeeze=False)
+    for seed, found in enumerate(results):
+        above, below = panels[0][seed], panels[1][seed]
+        base = [loss for _, loss in found["dense"]["validation"]]
+        draw_run(above, found["before"], COLORS[0], "")
+        for color, kind in zip(COLORS, KINDS):
+            draw_run(above, found[kind], color, kind)
+            steps, values = zip(*found[kind]["validation"], strict=True)
+            below.plot(steps, [v - b for v, b in zip(values, base, strict=True)], "o-", color=color, markersize=3)
+        above.set(title=f"seed {seed}", yscale="log", yticks=[1.5, 2, 3, 4], yticklabels=["1.5", "2", "3", "4"])
+        above.minorticks_off()
+        below.set(xlabel="step")
+        for panel in (above, below):
+            panel.axvline(sizes.before, color="#6b7280", linewidth=1, linestyle=":")
+            panel.grid(color="#e5e7eb")
+    panels[0][0].set_ylabel("loss: held-out clips (dots), training (faint)")
+    panels[1][0].set_ylabel("held-out loss less the dense model's")
+    panels[0][0].legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     print(f"picture: {file}")
+
+
+def draw_run(panel: Any, curves: dict[str, Any], color: str, label: str) -> None:
+    """Both losses of one run."""
+    panel.plot(*zip(*curves["validation"], strict=True), "o-", color=color, markersize=3, label=label or None)
+    steps, losses = zip(*curves["train"], strict=True)
+    panel.plot(steps, smooth(losses), color=color, alpha=0.3, linewidth=1)
 
 
 if __name__ == "__main__":
