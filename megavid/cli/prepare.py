@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 from megavid.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megavid.data.prepare import PrepareOptions, PrepareReport
+    from megavid.data.prepare import PrepareReport
+    from megavid.data.prepare_shard import PrepareOptions
 
 HELP = "turn videos, images and captions into shards of latents"
 
@@ -123,7 +124,7 @@ def _options(arguments: argparse.Namespace) -> "PrepareOptions":
         if not value >= minimum:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {minimum}")
     from megavid.data.clips import ClipRules
-    from megavid.data.prepare import PrepareOptions
+    from megavid.data.prepare_shard import PrepareOptions
 
     buckets = tuple(_bucket(text) for text in arguments.bucket or ())
     sizes = buckets or ((arguments.frames, arguments.height, arguments.width),)

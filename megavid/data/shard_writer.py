@@ -105,28 +105,9 @@ class ShardWriter:
                 tokenizer's or not finite.
             StorageError: storage failed.
         """
-        if not _KEY.fullmatch(sample.key) or sample.key in self._keys:
-            raise DataError(
-                f"{self.name}: sample key {sample.key!r} must be new and 1 to {KEY_BYTES} letters, digits, '_' or '-'"
-            )
-        if sample.shape[0] != self.tokenizer.channels:
-            raise DataError(
-                f"{self.name}: sample {sample.key} has {sample.shape[0]} channels, its tokenizer "
-                f"{self.tokenizer.name} has {self.tokenizer.channels}"
-            )
-        for tensor in (sample.latents_CFHW, sample.condition_CFHW, sample.image_LI):
-            if tensor is not None and not bool(tensor.isfinite().all()):
-                raise DataError(f"{self.name}: sample {sample.key} has latents or features that are not finite")
-        condition_CFHW = sample.condition_CFHW
-        if (condition_CFHW is not None) != self.has_known or (
-            condition_CFHW is not None and condition_CFHW.shape != sample.latents_CFHW.shape
-        ):
-            raise DataError(
-                f"{self.name}: sample {sample.key} must carry latents of its known frames, of the shape of its own, "
-                "if the others of its shard do"
-            )
+        self._check(sample)
         latent = to_bytes(sample.latents_CFHW)
-        optional = (sample.text_LD, condition_CFHW, sample.image_LI)
+        optional = (sample.text_LD, sample.condition_CFHW, sample.image_LI)
         text, condition, image = (b"" if tensor is None else to_bytes(tensor) for tensor in optional)
         values = {
             **sample.meta,
@@ -160,6 +141,29 @@ class ShardWriter:
                 list(bytes.fromhex(hash_of(*payloads))),
             )
         )
+
+    def _check(self, sample: Sample) -> None:
+        """Raise ``DataError`` for a sample that cannot be in this shard."""
+        if not _KEY.fullmatch(sample.key) or sample.key in self._keys:
+            raise DataError(
+                f"{self.name}: sample key {sample.key!r} must be new and 1 to {KEY_BYTES} letters, digits, '_' or '-'"
+            )
+        if sample.shape[0] != self.tokenizer.channels:
+            raise DataError(
+                f"{self.name}: sample {sample.key} has {sample.shape[0]} channels, its tokenizer "
+                f"{self.tokenizer.name} has {self.tokenizer.channels}"
+            )
+        for tensor in (sample.latents_CFHW, sample.condition_CFHW, sample.image_LI):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise DataError(f"{self.name}: sample {sample.key} has latents or features that are not finite")
+        condition_CFHW = sample.condition_CFHW
+        if (condition_CFHW is not None) != self.has_known or (
+            condition_CFHW is not None and condition_CFHW.shape != sample.latents_CFHW.shape
+        ):
+            raise DataError(
+                f"{self.name}: sample {sample.key} must carry latents of its known frames, of the shape of its own, "
+                "if the others of its shard do"
+            )
 
     def _member(self, name: str, payload: bytes) -> int:
         header = tarfile.TarInfo(name)

@@ -180,21 +180,7 @@ def pack_prompts(
     given = given or (PromptGiven(),) * len(grids)
     if not len(text_GLD) == len(grids) == len(given):
         raise ValueError(f"{len(text_GLD)} prompts need as many grids, got {len(grids)}, and {len(given)} are given")
-    filled: list[list[tuple[int, Clip]]] = [[]]
-    start = 0
-    for prompt, grid in enumerate(grids):
-        tokens = math.prod(grid)
-        if tokens > pack_tokens:
-            raise ConfigError(
-                f"a clip of {grid[0]} x {grid[1]} x {grid[2]} = {tokens} tokens must fit in data.pack_tokens = "
-                f"{pack_tokens}; ask for fewer frames or a smaller picture, or raise data.pack_tokens"
-            )
-        if start + tokens > pack_tokens:
-            filled.append([])
-            start = 0
-        clip = Clip(first_number + prompt, prompt, start, grid, frame_rate, known=given[prompt].known)
-        filled[-1].append((prompt, clip))
-        start += tokens
+    filled = _filled(grids, frame_rate, pack_tokens, first_number, given)
     packs: list[Pack] = []
     text: list[Tensor] = []
     order: list[PromptGiven] = []
@@ -216,6 +202,32 @@ def pack_prompts(
             [clip.image_LI is not None for clip in order], device=images.device
         ),
     )  # fmt: skip
+
+
+def _filled(
+    grids: Sequence[tuple[int, int, int]],
+    frame_rate: float,
+    pack_tokens: int,
+    first_number: int,
+    given: Sequence[PromptGiven],
+) -> list[list[tuple[int, Clip]]]:
+    """Clips of every pack with the prompt of each; raises as ``pack_prompts``."""
+    filled: list[list[tuple[int, Clip]]] = [[]]
+    start = 0
+    for prompt, grid in enumerate(grids):
+        tokens = math.prod(grid)
+        if tokens > pack_tokens:
+            raise ConfigError(
+                f"a clip of {grid[0]} x {grid[1]} x {grid[2]} = {tokens} tokens must fit in data.pack_tokens = "
+                f"{pack_tokens}; ask for fewer frames or a smaller picture, or raise data.pack_tokens"
+            )
+        if start + tokens > pack_tokens:
+            filled.append([])
+            start = 0
+        clip = Clip(first_number + prompt, prompt, start, grid, frame_rate, known=given[prompt].known)
+        filled[-1].append((prompt, clip))
+        start += tokens
+    return filled
 
 
 def _in_packs(packs: Sequence[Pack], clips_TP: Sequence[Tensor | None]) -> Tensor | None:

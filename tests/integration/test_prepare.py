@@ -9,7 +9,8 @@ import torch
 
 from megavid.cli.main import main
 from megavid.data.clips import ClipRules
-from megavid.data.prepare import PrepareOptions, prepare
+from megavid.data.prepare import prepare
+from megavid.data.prepare_shard import PrepareOptions
 from megavid.data.shards import ShardSource
 from megavid.data.text import text_encoder_of_spec
 from megavid.data.tokenizer import psnr, tokenizer_of_spec
