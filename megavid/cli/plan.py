@@ -14,6 +14,7 @@ from megavid.cli.arguments import decimal_number, take_flag, take_option, whole_
 from megavid.config.load import load_run, preset_names
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
+from megavid.plan.adapters import refuse_adapters
 from megavid.plan.goodput import Faults
 from megavid.plan.hardware import Hardware, hardware, table
 from megavid.plan.job import HEADROOM, Job
@@ -103,6 +104,7 @@ def main(argv: Sequence[str]) -> int:
         return _hindcast(rest)
     request = parse(rest)
     config = load_run(request.preset, request.overrides, world_size=request.world_size)
+    refuse_adapters(config, "megavid plan")
     if request.clips:
         return _data(request, config)
     gpu = _machine(request)

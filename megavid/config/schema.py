@@ -1,14 +1,15 @@
 """The schema of a run: one frozen dataclass per table of a preset.
 
 Owns names, types, defaults and the checks that need one table only; tables ``model`` and ``model.moe`` are
-``megavid.config.model``'s and pass through here. Checks across tables are ``megavid.plan.layout``'s. Every field's
-string below it is its ``--help``. Nothing here imports torch.
+``megavid.config.model``'s, ``lora`` is ``megavid.config.lora``'s, and all pass through here. Checks across tables are
+``megavid.plan.layout``'s. Every field's string below it is its ``--help``. Nothing here imports torch.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megavid.config.checks import at_least, require
+from megavid.config.lora import LoraConfig
 from megavid.config.model import ModelConfig, MoEConfig
 from megavid.config.watchdog import WatchdogConfig
 
@@ -17,6 +18,7 @@ __all__ = [
     "DataConfig",
     "DiffusionConfig",
     "LogConfig",
+    "LoraConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -323,6 +325,8 @@ class RunConfig:
     """The run."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """Number formats."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and EMA."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

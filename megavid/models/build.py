@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megavid.config.lora import NO_ADAPTERS, LoraConfig
 from megavid.config.schema import ModelConfig
+from megavid.models.lora import Adapted, ColumnAdapter, RowAdapter
 from megavid.ops.block_ops import REFERENCE, BlockOps
 from megavid.parallel import mcore
 from megavid.parallel.mesh import Mesh
@@ -29,6 +31,7 @@ class Build:
         is_first_chunk: this is the first chunk of the first stage, whose copies of replicated parameters count.
         attention_backend: ``parallel.attention_backend``.
         ops: what blocks compute between matrix products and attention, as ``train.ops`` chose.
+        lora: which matrices get adapters.
     """
 
     model: ModelConfig
@@ -37,6 +40,7 @@ class Build:
     is_first_chunk: bool
     attention_backend: str = "aten"
     ops: BlockOps = REFERENCE
+    lora: LoraConfig = NO_ADAPTERS
 
     @property
     def tp(self) -> int:
@@ -110,7 +114,8 @@ def column_linear(
         of_text: the input is the whole caption on every rank, not a shard of the tokens.
 
     Returns:
-        megatron-core's ColumnParallelLinear; its output is the matrices' local outputs side by side.
+        megatron-core's ColumnParallelLinear, with adapters where the run has some; its output is the matrices' local
+        outputs side by side.
     """
     transformer = build.transformer
     if of_text and transformer.sequence_parallel:
@@ -140,6 +145,8 @@ def column_linear(
         biases.append(Piece(f"{name}.bias", (output_size,), (first,), (local,), start=number * local))
     place(linear.weight, Placement(tuple(weights), frozenset({"tp"}), init=Init(std=input_size**-0.5)))
     place(linear.bias, Placement(tuple(biases), frozenset({"tp"}), has_decay=False))
+    if build.lora.adapts(names[0]):
+        return Adapted(linear, ColumnAdapter(build, names, input_size, output_size, of_text=of_text))
     return linear
 
 
@@ -147,7 +154,8 @@ def row_linear(build: Build, name: str, input_size: int, output_size: int) -> An
     """A matrix whose input is split over tensor-parallel ranks; the sum goes to all of them, or to each its tokens.
 
     Returns:
-        megatron-core's RowParallelLinear, [output_size, input_size] in model space, with its bias.
+        megatron-core's RowParallelLinear, [output_size, input_size] in model space, with its bias, and with an adapter
+        where the run has some.
     """
     linear = mcore.RowParallelLinear(
         input_size,
@@ -163,6 +171,8 @@ def row_linear(build: Build, name: str, input_size: int, output_size: int) -> An
     piece = Piece(f"{name}.weight", (output_size, input_size), (0, build.tp_rank * local), (output_size, local))
     place(linear.weight, Placement((piece,), frozenset({"tp"}), init=Init(std=input_size**-0.5)))
     build.place_whole(linear.bias, f"{name}.bias", init=Init(), is_partial=True, has_decay=False)
+    if build.lora.adapts(name):
+        return Adapted(linear, RowAdapter(build, name, input_size, output_size))
     return linear
 
 

@@ -18,6 +18,7 @@ from megavid.models.block import Block, Conditioning
 from megavid.models.build import Build
 from megavid.models.embedders import Head, ImageEmbedder, PatchEmbedder, TextEmbedder, TimestepEmbedder
 from megavid.models.inputs import ModelInput
+from megavid.models.lora import freeze_base
 from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo, noise_bucket
 from megavid.models.transformer import transformer_config
@@ -211,8 +212,11 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
             is_first_chunk=mesh.is_first_stage and vpp_rank == 0,
             attention_backend=backend,
             ops=ops,
+            lora=config.lora,
         )
         layers = layers_of_chunk(config.model, layout, mesh.coordinate("pp"), vpp_rank)
         vp_stage = vpp_rank if layout.vpp > 1 else None
         chunks.append(VideoTransformer(build, layers, config.parallel.recompute, vp_stage))
+        if config.lora.rank:
+            freeze_base(chunks[-1])
     return chunks

@@ -8,7 +8,7 @@ begins, so gradients are plain sums and do not depend on the layout.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ Forward = Callable[[Any, Microbatch], Tensor]
 """A chunk and a microbatch to hidden states, or on the last chunk to what the loss is computed from."""
 Loss = Callable[[Microbatch, Tensor], tuple[Tensor, Any]]
 """On the last chunk: a microbatch and the forward's result to (its part of the loss, anything to keep)."""
+Weights = Literal["all", "trained", "frozen"]
+"""All parameters, those that the optimizer updates, or those that it does not: the base of adapters."""
 
 
 class Engine(Generic[Microbatch]):
@@ -84,10 +86,10 @@ class Engine(Generic[Microbatch]):
         assert self.optimizer is not None, "this engine was built for inference"
         return self.optimizer
 
-    def initialize(self, seed: int) -> None:
+    def initialize(self, seed: int, which: Weights = "all") -> None:
         """Draw fresh weights: each element a function of (seed, its tensor's name in model space, its place there)."""
         inits = {piece.name: placement.init for placement in self.placements() for piece in placement.pieces}
-        for fragment in self.weight_fragments("model"):
+        for fragment in self.weight_fragments("model", which):
             name = fragment.name.split("/", 1)[1]
             init = inits[name]
             _draw_(fragment, key_of(seed, "init", name), init.std, init.mean)
@@ -178,21 +180,32 @@ class Engine(Generic[Microbatch]):
 
     # Weights --------------------------------------------------------------------------------------------------------
 
-    def fragments(self) -> list[Fragment]:
-        """All that a checkpoint holds of this rank: masters, moments, average, and the routers' bias."""
-        return self.updates.fragments() + self.buffer_fragments()
+    @property
+    def has_frozen(self) -> bool:
+        """Whether this is a frozen model with adapters."""
+        return self.config.lora.rank > 0
 
-    def weight_fragments(self, kind: str) -> list[Fragment]:
+    def fragments(self) -> list[Fragment]:
+        """All that a checkpoint holds of this rank: masters, moments, average, and the routers' bias.
+
+        A frozen base, its routers' bias too, is in no checkpoint.
+        """
+        return self.updates.fragments() + ([] if self.has_frozen else self.buffer_fragments())
+
+    def weight_fragments(self, kind: str, which: Weights = "all") -> list[Fragment]:
         """Weights only, to be filled from what is saved under ``kind/`` ("model" or "ema").
 
-        They go into the masters where there is an optimizer, else into the parameters themselves. Call
+        They go into the masters where an optimizer updates them, else into the parameters themselves. Call
         ``load_finished`` after filling them.
         """
-        if self.optimizer is not None:
+        result: list[Fragment] = []
+        if self.optimizer is not None and which != "frozen":
             found = (f for f in self.optimizer.fragments() if f.name.startswith("model/"))
-            return [replace(f, name=f.name.replace("model/", f"{kind}/", 1)) for f in found]
-        result = []
+            result = [replace(f, name=f.name.replace("model/", f"{kind}/", 1)) for f in found]
         for parameter in self.parameters():
+            is_wanted = which == "all" or parameter.requires_grad == (which == "trained")
+            if not is_wanted or (self.optimizer is not None and parameter.requires_grad):
+                continue
             owner = is_owner(parameter, self.mesh.coordinates)
             result += fragments_of(kind, placement_of(parameter), parameter.detach().view(-1), 0, owner)
         return result

@@ -23,7 +23,8 @@ class GradientFinisher:
 
     def __init__(self, chunks: list[Any], mesh: Mesh) -> None:
         self.chunks, self.mesh = chunks, mesh
-        parameters = [list(chunk.parameters()) for chunk in chunks]
+        # What is frozen has no gradient.
+        parameters = [[p for p in chunk.parameters() if p.requires_grad] for chunk in chunks]
         self.partial = [p for chunk in parameters for p in chunk if placement_of(p).is_partial_over_tp]
         # Chunk after chunk, in the order of their modules, which is the same on every stage.
         self.replicated = [[p for p in chunk if placement_of(p).is_on_every_stage] for chunk in parameters]
@@ -37,7 +38,7 @@ class GradientFinisher:
         """
         for chunk in self.chunks:
             chunk.finish_grad_sync()
-        if self.mesh.size("pp") > 1:
+        if self.mesh.size("pp") > 1 and self.replicated[0]:  # a copy on every chunk, or on none
             self._sum_over_stages()
         if self.mesh.size("tp") > 1 and self.partial:
             _sum_together([gradient_of(p) for p in self.partial], self.mesh.group("tp"))

@@ -120,6 +120,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         "log.sample_prompts must be empty with model.task = 'i2v', which needs a picture too; "
         "log.sample_interval_steps alone draws from pictures of held-out clips",
     )
+    _check_adapters(config)
     microbatches = train.global_batch_size // (train.micro_batch_size * dp)
     require(
         parallel.virtual_pipeline == 1 or microbatches % pp == 0,
@@ -173,6 +174,23 @@ def _check_model(config: RunConfig) -> None:
         )
         return
     _check_experts(config)
+
+
+def _check_adapters(config: RunConfig) -> None:
+    """Every pipeline stage must have something to train: one without is asked for gradients that do not exist."""
+    lora, model, parallel = config.lora, config.model, config.parallel
+    if not lora.rank or set(lora.targets) != {"ffn"}:
+        return
+    for stage in range(parallel.pipeline):
+        for chunk in range(parallel.virtual_pipeline):
+            stages = Layout(pp=parallel.pipeline, vpp=parallel.virtual_pipeline)
+            layers = layers_of_chunk(model, stages, stage, chunk)
+            require(
+                not all(model.is_moe_layer(layer) for layer in layers),
+                f"lora.targets = ['ffn'] leaves blocks {layers.start} to {layers.stop - 1} without an adapter: they "
+                "have experts, no dense feed-forward; add self_attention or cross_attention, or lower "
+                "parallel.pipeline",
+            )
 
 
 def _check_experts(config: RunConfig) -> None:

@@ -141,6 +141,8 @@ def _global_routing(engine: "Engine[Any]") -> dict[int, RoutingStats]:
 
 @in_region("optimizer")
 def _update_router_bias(engine: "Engine[Any]", routing: dict[int, RoutingStats]) -> None:
+    if engine.has_frozen:  # the router is frozen, and its bias with it
+        return
     rate = engine.config.model.moe.bias_update_rate
     for chunk in engine.chunks:
         for block in chunk.blocks:
@@ -152,7 +154,7 @@ def _find_culprit(engine: "Engine[Any]") -> str:
     """Name of the first parameter, in model order, whose gradient is not finite on any rank."""
     bad = []
     for parameter in engine.parameters():
-        if not torch.isfinite(gradient_of(parameter)).all():
+        if parameter.requires_grad and not torch.isfinite(gradient_of(parameter)).all():
             bad += [piece.name for piece in placement_of(parameter).pieces]
     found = sorted({name for names in engine.mesh.all_gather_object(bad[:4]) for name in names})
     return f"gradient of {found[0]}" if found else "the loss itself; every gradient is finite"

@@ -19,7 +19,8 @@ from megavid.ops.packs import Clip, LatentBatch
 from megavid.ops.regions import region
 from megavid.parallel.engine import Engine
 from megavid.parallel.mesh import Mesh
-from megavid.plan.flops import forward_flops, model_flops, recompute_flops
+from megavid.plan.adapters import computed_flops, trained_flops
+from megavid.plan.flops import recompute_flops
 from megavid.profiling.collectives import names_of
 from megavid.profiling.records import peak_memory_bytes
 from megavid.profiling.waits import WaitClock
@@ -185,8 +186,8 @@ class TrainStep:
         local = [
             float(sum(clip_tokens)),
             float(len(clip_tokens)),
-            model_flops(model, clip_tokens).total,
-            3.0 * forward_flops(model, clip_tokens, padding=padding).total + again,
+            trained_flops(self.config, clip_tokens),
+            computed_flops(self.config, clip_tokens, padding=padding) + again,
         ]
         device = self.mesh.device
         summed = self.mesh.sum(torch.tensor(local, dtype=torch.float64, device=device), over="dp")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megavid.models.moe.tokens import NOISE_BUCKETS
+from megavid.plan.adapters import trained_flops
 from tests.support.plan_measured import Case, measure_on
 from tests.support.ranks import RankPool
 
@@ -38,11 +39,15 @@ REPEATED = {
     for name in ("dense", "image branch", "swiglu, no shared expert, padding")
     for recompute in ("selective", "full")
 }
+ADAPTED = {
+    "adapters": Case(lora={"rank": 3}, clips=(48, 30, 18), packs=2),
+    "adapters and an image branch": Case(lora={"rank": 3}, model=IMAGE, clips=(48, 48)),
+}
 
 
 @pytest.fixture(scope="module")
 def counted(pool: RankPool) -> dict[str, dict[str, Any]]:
-    wanted = CASES | REPEATED
+    wanted = CASES | REPEATED | ADAPTED
     answers = measure_on(pool, [("flops", (case,)) for case in wanted.values()])
     return dict(zip(wanted, answers, strict=True))
 
@@ -91,6 +96,16 @@ def test_recomputation_adds_what_is_planned(counted: dict[str, dict[str, Any]], 
     if case.config.parallel.recompute == "full":  # a branch that is repeated stops before its statistics
         added -= statistics_of(case)
     assert added == counted[name]["recomputed"]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_step_of_adapters_is_what_torch_counts(counted: dict[str, dict[str, Any]], name: str) -> None:
+    case, answer = ADAPTED[name], counted[name]
+    planned = answer["planned"]
+    measured = sum(answer["forward"].values()) + answer["self_attention"] + answer["backward"]
+    scores_again = 0.5 * (planned["self_attention"] + planned["cross_attention"])
+    assert measured == trained_flops(case.config, case.clips * case.packs) + scores_again
+    assert measured < 3 * sum(planned.values())  # frozen matrices have no gradient
 
 
 def statistics_of(case: Case) -> int:

@@ -57,6 +57,7 @@ class Case:
         pack_tokens: tokens of a pack.
         packs: packs of the microbatch.
         ops: ``train.ops``.
+        lora: fields of ``LoraConfig``.
     """
 
     family: str = "wan"
@@ -68,11 +69,14 @@ class Case:
     pack_tokens: int = 96
     packs: int = 1
     ops: str = "reference"
+    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:
         """The run."""
-        config = tiny_config(self.family, moe=self.moe, micro=self.packs, dtype=self.dtype, **self.parallel)
+        config = tiny_config(
+            self.family, moe=self.moe, micro=self.packs, dtype=self.dtype, lora=self.lora, **self.parallel
+        )
         return replace(
             config,
             model=replace(config.model, **self.model),

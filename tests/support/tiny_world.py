@@ -15,6 +15,7 @@ from megavid import checkpoint
 from megavid.config.schema import (
     DataConfig,
     DiffusionConfig,
+    LoraConfig,
     ModelConfig,
     MoEConfig,
     ParallelConfig,
@@ -46,6 +47,7 @@ def tiny_config(
     pack_tokens: int = 96,
     task: str = "t2v",
     image: tuple[int, int, int] = (0, 257, 0),
+    lora: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> RunConfig:
     """Four layers of width 48; of ``wan_moe`` the middle two have four experts, a shared one and biases.
@@ -75,6 +77,7 @@ def tiny_config(
         parallel=ParallelConfig(**parallel),
         train=TrainConfig(global_batch_size=4, micro_batch_size=micro, seed=SEED),
         precision=PrecisionConfig(dtype=dtype),
+        lora=LoraConfig(**(lora or {})),
         diffusion=DiffusionConfig(),
         data=DataConfig(pack_tokens=pack_tokens),
     )
