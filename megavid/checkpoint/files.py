@@ -138,11 +138,16 @@ def sync_folder(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str, *, token: str = "", check: Callable[[], None] = nothing) -> None:
-    """Make ``text`` the content of ``path``: after a crash it is the former content or this one, never a mixture.
+    """As ``replace_bytes``, of a text."""
+    replace_bytes(path, text.encode(), token=token, check=check)
+
+
+def replace_bytes(path: Path, content: bytes, *, token: str = "", check: Callable[[], None] = nothing) -> None:
+    """Make ``content`` that of ``path``: after a crash it is the former content or this one, never a mixture.
 
     Args:
         path: what to replace.
-        text: its new content.
+        content: its new content.
         token: goes into the name of the file that is written aside.
         check: called between writing aside and replacing; may raise.
 
@@ -152,7 +157,7 @@ def replace_text(path: Path, text: str, *, token: str = "", check: Callable[[], 
     aside = path.with_name(f"{path.name}{token and '.'}{token}{ASIDE}")
     with storage_errors("write", path):
         aside.unlink(missing_ok=True)
-        write_file(aside, [text.encode()])
+        write_file(aside, [content])
         try:
             check()
         except BaseException:

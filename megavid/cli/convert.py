@@ -19,6 +19,7 @@ HELP = "convert weights between megavid, diffusers and the original layout, chec
 
 USAGE = """\
 usage: megavid convert SRC DST --to diffusers|megavid|original [options]
+       megavid convert RUN DST --to lora [--ema]
 
   SRC                a megavid checkpoint (or the folder of a run), a transformer in diffusers' layout, an inference
                      folder of megavid, the original files of Wan 2.1 or 2.2, or a pipeline folder with one or two
@@ -26,6 +27,8 @@ usage: megavid convert SRC DST --to diffusers|megavid|original [options]
   DST                a new folder; it appears when all of it is on the disk
   --to LAYOUT        diffusers: WanTransformer3DModel, or MegavidTransformer3DModel for a model with experts
                      megavid: a checkpoint that train.init_from takes; original: the files that Wan's makers publish
+                     lora: the adapters alone of a run with lora.rank, as diffusers' load_lora_weights takes them (the
+                     other layouts have them merged into the model)
   --dtype NAME       fp32, bf16 or fp16 matrices; norms, modulation, time embedder and routers stay fp32
                      (default: every tensor as it is stored)
   --dtype-of DIR     every tensor in the number format that it has in DIR, such as the model a run began with
@@ -38,6 +41,8 @@ usage: megavid convert SRC DST --to diffusers|megavid|original [options]
   --second SRC2      the low-noise expert beside SRC, the high-noise one (Wan 2.2 A14B)
   --boundary X       where inference switches between them: timestep / 1000 after the shift (Wan 2.2: 0.875, or 0.9 for
                      image-to-video); default: what the sources say
+  --lora FILE        merge an adapter into the weights: a file in the naming of PEFT and diffusers, or its folder
+  --lora-scale X     factor on that adapter (1)
 
 An interrupted conversion goes on with the same command. Nothing is overwritten, and an error leaves nothing behind.
 Beside the weights lies conversion.json: SHA-256 of every tensor on both sides, checked when they are read again.
@@ -46,6 +51,7 @@ Examples:
   megavid convert Wan2.1-T2V-14B-Diffusers/transformer wan_14b --to megavid --verify
   megavid train wan_14b --out runs/14b --train.init_from wan_14b --data.path SHARDS
   megavid convert runs/14b out --to diffusers --ema --dtype bf16 --pipeline Wan2.1-T2V-14B-Diffusers
+  megavid convert Wan2.1-T2V-14B-Diffusers/transformer out --to diffusers --lora runs/style --verify
   megavid convert runs/high out --to diffusers --second runs/low --boundary 0.875 --pipeline Wan2.2-T2V-A14B-Diffusers
 """
 
@@ -63,6 +69,8 @@ def main(argv: Sequence[str]) -> int:
 
     from megavid.checkpoint.convert.job import ConvertJob
 
+    if take_option(list(argv), "--to") == "lora":
+        return write_adapter(argv)
     request, verifies = parse(argv)
     job = ConvertJob.of(request)
     for line in job.left_behind():
@@ -83,6 +91,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def write_adapter(argv: Sequence[str]) -> int:
+    """Write the adapters of a run; see ``USAGE``. Returns and raises as ``main``."""
+    from megavid.checkpoint import Checkpoint, resolve
+    from megavid.checkpoint.base import BASE
+    from megavid.checkpoint.convert.adapter import saved_adapter
+    from megavid.checkpoint.convert.write import refuse_existing
+    from megavid.errors import CheckpointError
+
+    rest = list(argv)
+    take_option(rest, "--to")
+    weights = "ema" if take_flag(rest, "--ema") else "model"
+    if len(rest) != 2 or any(item.startswith("-") for item in rest):
+        raise ConfigError(f"--to lora takes RUN, DST and --ema only, got {' '.join(rest) or 'nothing'}")
+    checkpoint, dst = Checkpoint(resolve(Path(rest[0]))), Path(rest[1])
+    if BASE not in checkpoint.manifest.files:
+        raise CheckpointError(f"{checkpoint.folder} is of a run of a whole model (lora.rank = 0): it has no adapters")
+    refuse_existing(dst)
+    print(f"wrote {saved_adapter(checkpoint, weights).write(dst)}")
+    return 0
+
+
 def parse(argv: Sequence[str]) -> "tuple[ConvertRequest, bool]":
     """The request in a command line, and whether to verify it.
 
@@ -95,7 +124,7 @@ def parse(argv: Sequence[str]) -> "tuple[ConvertRequest, bool]":
     from megavid.checkpoint.convert.target import MAX_SHARD_BYTES
 
     rest = list(argv)
-    names = ("to", "dtype", "dtype-of", "max-shard-size", "pipeline", "second", "boundary")
+    names = ("to", "dtype", "dtype-of", "max-shard-size", "pipeline", "second", "boundary", "lora", "lora-scale")
     text = {name: take_option(rest, f"--{name}") for name in names}
     use_ema, keep_optimizer, verifies = (take_flag(rest, f"--{name}") for name in ("ema", "optimizer", "verify"))
     for item in rest:
@@ -121,6 +150,8 @@ def parse(argv: Sequence[str]) -> "tuple[ConvertRequest, bool]":
         base=text["pipeline"],
         second=text["second"],
         boundary=boundary_of(text["boundary"]),
+        lora=text["lora"],
+        lora_scale=decimal_number(text["lora-scale"], "--lora-scale", default=1.0, minimum=0.0),
     )
     return request, verifies
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 
 from megavid.checkpoint.convert import pipeline
+from megavid.checkpoint.convert.adapter import open_adapter
 from megavid.checkpoint.convert.journal import open_lock
 from megavid.checkpoint.convert.pipeline import EXPERTS, ORIGINAL_EXPERTS
 from megavid.checkpoint.convert.shards import OpenFiles, open_shards
@@ -52,6 +53,8 @@ class ConvertRequest:
         base: a pipeline whose other parts are copied.
         second: the low-noise expert.
         boundary: between the two, timestep / 1000 after the shift.
+        lora: an adapter to merge: a file in the naming of PEFT and diffusers, or its folder.
+        lora_scale: factor on it.
     """
 
     src: Path
@@ -66,6 +69,8 @@ class ConvertRequest:
     base: str = ""
     second: str = ""
     boundary: float = 0.0
+    lora: str = ""
+    lora_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,9 @@ class ConvertJob:
         weights = "ema" if request.use_ema else "model"
         sources = [open_model(path, weights=weights) for path in _model_folders(request)]
         _refuse_unread(request, sources)
+        if request.lora:
+            adapter = open_adapter(Path(request.lora), sources[0].config)
+            sources = [sources[0].with_adapter(adapter, request.lora_scale)]
         boundary = None
         if len(sources) == 2:
             boundary = _boundary(request, sources)
@@ -210,8 +218,16 @@ def _refuse_unread(request: ConvertRequest, sources: Sequence[ModelSource]) -> N
     is_resave = request.to == "megavid" and all(source.layout == "megavid" for source in sources)
     if request.keep_optimizer and not is_resave:
         raise ConfigError("--optimizer goes from megavid to megavid only: no other layout has a place for it")
+    if request.keep_optimizer and not all(any(n.startswith(MOMENTS) for n in source.extra) for source in sources):
+        raise ConfigError(f"--optimizer: {request.src} has no moments of the whole model to keep; leave it out")
     if request.keep_optimizer and request.use_ema:
         raise ConfigError("--optimizer and --ema exclude each other: the moments belong to the weights")
+    if request.lora and is_pair:
+        raise ConfigError(f"--lora {request.lora}: an adapter is of one expert; convert the two apart, then --second")
+    if request.lora_scale != 1.0 and not request.lora:
+        raise ConfigError(f"--lora-scale {request.lora_scale:g} needs --lora FILE, the adapter that it is a factor on")
+    if request.lora and request.keep_optimizer:
+        raise ConfigError("--optimizer and --lora exclude each other: the moments belong to the weights without it")
     if request.dtype is not None and request.dtype_of:
         raise ConfigError("--dtype and --dtype-of exclude each other")
     if request.keep_optimizer and request.dtype is not None:

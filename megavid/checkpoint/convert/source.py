@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from megavid.checkpoint import Checkpoint, SingleRank, resolve
+from megavid.checkpoint.base import BASE, Base
+from megavid.checkpoint.convert.adapter import Adapter, merged, saved_adapter
 from megavid.checkpoint.convert.configs import Layout, Recorded, layout_of_class, model_of
 from megavid.checkpoint.convert.lazy import LazyTensor
 from megavid.checkpoint.convert.ledger import Ledger
@@ -38,7 +40,14 @@ from megavid.checkpoint.files import reading
 from megavid.checkpoint.format import LATEST, MANIFEST
 from megavid.checkpoint.manifest import decode
 from megavid.config.load import from_table
-from megavid.config.schema import DiffusionConfig, ModelConfig, OptimizerConfig, PrecisionConfig, RunConfig
+from megavid.config.schema import (
+    DiffusionConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RunConfig,
+)
 from megavid.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -46,6 +55,8 @@ TABLES: dict[Layout, tuple[Row, ...]] = {"diffusers": DIFFUSERS, "inference": IN
 
 BUFFER = "buffer/"
 MOMENTS = ("exp_avg/", "exp_avg_sq/")
+NOT_KIT = ("index.json", "state.json", "run.toml", RECORD, BASE)
+"""Small files of a checkpoint that do not go along to another one."""
 KINDS = ("model/", "ema/", *MOMENTS)
 """Beginnings of the full names of what a run saves beside ``BUFFER``."""
 
@@ -94,6 +105,12 @@ class ModelSource:
     def with_model(self, config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> "ModelSource":
         """Another model made of this one's tensors, such as an upcycled one; what hung on the old model is left out."""
         return replace(self, run=replace(self.run, model=config), tensors=tensors, extra={}, state={})
+
+    def with_adapter(self, adapter: Adapter, factor: float = 1.0) -> "ModelSource":
+        """The model with ``factor`` times an adapter merged into its matrices; what hung on the old one is left out."""
+        tensors = merged(self.tensors, adapter, self.ledger, factor)
+        identity = hashlib.sha256(json.dumps([self.identity, adapter.identity, factor]).encode()).hexdigest()
+        return replace(self.with_model(self.config, tensors), identity=identity)
 
 
 def open_model(path: Path, *, weights: str = "") -> ModelSource:
@@ -155,6 +172,8 @@ def _open_folder(path: Path) -> ModelSource:
 def open_checkpoint(folder: Path, weights: str) -> ModelSource:
     """The model in the folder of a megavid checkpoint, finished or not; raises as ``open_model``."""
     checkpoint = Checkpoint(folder)
+    if BASE in checkpoint.manifest.files:
+        return _open_adapted(checkpoint, weights)
     run = from_table(RunConfig, tomllib.loads(checkpoint.run_toml))
     saved = saved_tensors(checkpoint, OpenFiles())
     if weights == "ema" and run.optimizer.ema_decay == 0:
@@ -178,7 +197,7 @@ def open_checkpoint(folder: Path, weights: str) -> ModelSource:
     kit = {
         name: checkpoint.read(name)
         for name in checkpoint.manifest.files
-        if name not in ("index.json", "state.json", "run.toml", RECORD) and not name.endswith(".safetensors")
+        if name not in NOT_KIT and not name.endswith(".safetensors")
     }
     return ModelSource(
         run=run,
@@ -191,6 +210,29 @@ def open_checkpoint(folder: Path, weights: str) -> ModelSource:
         state=checkpoint.state,
         identity=_identity(folder, ["*"]),
         check=lambda: checkpoint.verify(SingleRank()),
+    )
+
+
+def _open_adapted(checkpoint: Checkpoint, weights: str) -> ModelSource:
+    """The model of a run of adapters: its base, as the checkpoint names it, with the adapters merged into it."""
+    known = Base.read(checkpoint)
+    run = from_table(RunConfig, tomllib.loads(checkpoint.run_toml))
+    if weights == "ema" and run.optimizer.ema_decay == 0:
+        raise CheckpointError(f"{checkpoint.folder} has no moving average (optimizer.ema_decay = 0); leave --ema out")
+    base = open_checkpoint(known.open(run.train.init_from).folder, known.weights)
+    source = base.with_adapter(saved_adapter(checkpoint, weights))
+
+    def check() -> None:
+        base.verify()
+        checkpoint.verify(SingleRank())
+
+    kept = [name for name in checkpoint.manifest.files if name not in NOT_KIT and not name.endswith(".safetensors")]
+    return replace(
+        source,
+        run=replace(run, lora=LoraConfig(), train=replace(run.train, init_from="")),
+        path=checkpoint.folder,
+        files={name: checkpoint.read(name) for name in kept},
+        check=check,
     )
 
 
