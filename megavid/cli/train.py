@@ -145,12 +145,13 @@ def check(config: RunConfig, out: Path) -> list[str]:
     """
     from megavid.data.build import build_source
     from megavid.training.build import check_reports
-    from megavid.training.resume import check_init_from, told_differences
+    from megavid.training.resume import check_base, check_init_from, told_differences
 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")
     check_reports(config)
     source = build_source(config)
+    check_base(config, source, out)
     notices = []
     if config.train.init_from and not (out / "checkpoints").exists():
         notices = told_differences(config, check_init_from(config, source))

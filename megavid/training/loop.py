@@ -8,7 +8,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from megavid.checkpoint import AsyncSaver
+from megavid.checkpoint import AsyncSaver, Checkpoint, latest
+from megavid.checkpoint.base import BASE, Base
+from megavid.checkpoint.convert.adapter import ADAPTER, saved_adapter
+from megavid.checkpoint.ranks import agreed
 from megavid.config.load import dump_toml
 from megavid.config.schema import RunConfig
 from megavid.data.build import build_source, build_text_encoder
@@ -26,7 +29,15 @@ from megavid.training.callbacks import Run
 from megavid.training.diagnose import first_bad_part
 from megavid.training.kit import SamplingKit
 from megavid.training.metrics import cut_after
-from megavid.training.resume import check_init_from, config_of, has_average, load_weights, resume
+from megavid.training.resume import (
+    base_of,
+    begin_adapters,
+    check_init_from,
+    config_of,
+    has_average,
+    load_weights,
+    resume,
+)
 from megavid.training.run_dir import RunDir, Start
 from megavid.training.state import TrainState
 from megavid.training.step import StepReport, TrainStep
@@ -62,7 +73,8 @@ def train(
         text_encoder = build_text_encoder(config)
         kit = SamplingKit.of(config, source, text_encoder)
         engine = build_engine(config, mesh)
-        state, loader_state = load_or_initialize(engine, config, source, run_dir, start)
+        base = agreed_base(config, source, start, mesh)
+        state, loader_state = load_or_initialize(engine, config, source, run_dir, start, base)
         objective = FlowObjective(config.diffusion, config.train.seed)
         take_step = TrainStep(config, engine, objective)
         loader = Loader(
@@ -71,7 +83,8 @@ def train(
         )  # fmt: skip
         saver = AsyncSaver(
             run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
-            layout=mesh.layout.describe(), extra=kit.files(), fence=start.fence,
+            layout=mesh.layout.describe(), extra={**kit.files(), **({BASE: base.to_bytes()} if base else {})},
+            fence=start.fence,
         )  # fmt: skip
         run = Run(config, mesh, engine, run_dir, state, loader, kit, known_peak(mesh.device))
         write_start(run, start)
@@ -98,6 +111,8 @@ def train(
                     saver.save(state.step, engine.fragments(), progress)
                     run.event("saved", step=state.step, held_s=round(saver.held_s, 3))
             saver.wait()
+        if config.lora.rank and mesh.is_main:
+            write_adapter(run_dir)
         return finish(run, stop.agreed)
 
 
@@ -112,26 +127,58 @@ def is_save_due(config: RunConfig, step: int) -> bool:
     return step == last_step(config) or (interval > 0 and step % interval == 0)
 
 
+def agreed_base(config: RunConfig, source: ClipSource, start: Start, mesh: Mesh) -> Base | None:
+    """The frozen model of a run of adapters: what rank 0 finds, as a run that is named may save in this very moment.
+
+    Ranks: collective.
+    """
+    if not config.lora.rank:
+        return None
+    with agreed(mesh):
+        found = base_of(config, source, start.checkpoint) if mesh.is_main else None
+    base: Base | None = mesh.broadcast_object(found)
+    return base
+
+
 def load_or_initialize(
-    engine: Engine[Any], config: RunConfig, source: ClipSource, run_dir: RunDir, start: Start
+    engine: Engine[Any],
+    config: RunConfig,
+    source: ClipSource,
+    run_dir: RunDir,
+    start: Start,
+    base: Base | None,
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """Fill the weights; return the counters and the loader's state, None at the beginning of a run."""
     if start.checkpoint is not None:
         try:
-            return resume(engine, start.checkpoint)
+            return resume(engine, start.checkpoint, base)
         except CheckpointError as error:
             raise run_dir.with_way_out(error) from error
-    first_weights(engine, config, source)
+    first_weights(engine, config, source, base)
     return TrainState(), None
 
 
-def first_weights(engine: Engine[Any], config: RunConfig, source: ClipSource) -> None:
+def first_weights(engine: Engine[Any], config: RunConfig, source: ClipSource, base: Base | None = None) -> None:
     """Fill the weights of a run that begins: those of ``train.init_from``, else fresh ones."""
-    if config.train.init_from:
+    if base is not None:
+        begin_adapters(engine, base)
+    elif config.train.init_from:
         checkpoint = check_init_from(config, source)
         load_weights(engine, checkpoint, kind="ema" if has_average(config_of(checkpoint)) else "model")
     else:
         engine.initialize(config.train.seed)
+
+
+def write_adapter(run_dir: RunDir) -> None:
+    """Write the adapter of the last checkpoint beside run.toml, in the form that diffusers loads."""
+    found = latest(run_dir.checkpoints)
+    if found is None:
+        return
+    checkpoint = Checkpoint(found)
+    run_dir.fence.check()
+    saved = saved_adapter(checkpoint, "ema" if has_average(config_of(checkpoint)) else "model")
+    saved.write(run_dir.path)
+    run_dir.event("adapter", step=checkpoint.step, file=ADAPTER)
 
 
 def write_start(run: Run, start: Start) -> None:

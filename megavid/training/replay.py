@@ -23,7 +23,7 @@ from megavid.models.runner import build_engine
 from megavid.parallel.launch import Device, RankEnv, init_distributed
 from megavid.parallel.mesh import Mesh
 from megavid.plan.layout import Layout
-from megavid.training.loop import load_or_initialize
+from megavid.training.loop import agreed_base, load_or_initialize
 from megavid.training.metrics import read_rows
 from megavid.training.resume import config_of
 from megavid.training.run_dir import RunDir, Start
@@ -140,7 +140,8 @@ def take_steps(
     source = build_source(config)
     engine = build_engine(config, mesh)
     start = Start("new", 0, None) if what.checkpoint is None else Start("resume", what.first - 1, what.checkpoint)
-    state, loader_state = load_or_initialize(engine, config, source, RunDir(Path()), start)
+    base = agreed_base(config, source, start, mesh)
+    state, loader_state = load_or_initialize(engine, config, source, RunDir(Path()), start, base)
     on_engine(engine)
     objective = FlowObjective(config.diffusion, config.train.seed)
     take_step = TrainStep(config, engine, objective)

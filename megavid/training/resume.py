@@ -1,6 +1,7 @@
 """Where a run's weights come from: a checkpoint of its own, another run's weights, or fresh numbers.
 
-Owns what ``train.init_from`` may differ in. Reading tensors is ``megavid.checkpoint``'s, into any layout.
+Owns what ``train.init_from`` may differ in, and where a run of adapters finds its frozen base. Reading tensors is
+``megavid.checkpoint``'s, into any layout.
 """
 
 import tomllib
@@ -8,13 +9,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megavid.checkpoint import Checkpoint, load, resolve
+from megavid.checkpoint import Checkpoint, latest, load, resolve
+from megavid.checkpoint.base import BASE, Base
 from megavid.config.load import from_table
 from megavid.config.resume import differences
 from megavid.config.schema import RunConfig
 from megavid.data.sample import ClipSource
-from megavid.errors import ConfigError
-from megavid.parallel.engine import Engine
+from megavid.errors import CheckpointError, ConfigError
+from megavid.parallel.engine import Engine, Weights
 from megavid.training.kit import trained_tokenizer
 from megavid.training.state import TrainState
 
@@ -53,6 +55,11 @@ def check_init_from(config: RunConfig, source: ClipSource) -> Checkpoint:
         DataError: its model was trained on latents of another tokenizer than the data's.
     """
     checkpoint = Checkpoint(resolve(Path(config.train.init_from)))
+    if BASE in checkpoint.manifest.files:
+        raise ConfigError(
+            f"train.init_from = {checkpoint.folder} holds adapters only; make it a whole model first: megavid convert "
+            f"{checkpoint.folder} DST --to megavid"
+        )
     for key, theirs, mine in differences(config_of(checkpoint), config):
         if key.startswith("model.") and not any(fnmatchcase(key, allowed) for allowed in INIT_MAY_DIFFER):
             raise ConfigError(
@@ -65,6 +72,45 @@ def check_init_from(config: RunConfig, source: ClipSource) -> Checkpoint:
     return checkpoint
 
 
+def base_of(config: RunConfig, source: ClipSource, resumed: Path | None) -> Base | None:
+    """The frozen model of a run of adapters; None for a run that trains the whole model.
+
+    Args:
+        config: of this start.
+        source: the data, whose latents the base must have been trained on.
+        resumed: the checkpoint that this start goes on from, which names its base; None for a new run.
+
+    Raises:
+        ConfigError: ``train.init_from`` names none, or one that does not fit.
+        CheckpointError: the base is gone, or is another one than it was.
+    """
+    if not config.lora.rank:
+        return None
+    if resumed is not None:
+        known = Base.read(Checkpoint(resumed))
+        return Base.of(known.open(config.train.init_from), known.weights)
+    if not config.train.init_from:
+        raise ConfigError(
+            f"lora.rank = {config.lora.rank} needs the model that adapters are for: --train.init_from FOLDER, a "
+            "checkpoint, or what megavid convert --to megavid wrote"
+        )
+    checkpoint = check_init_from(config, source)
+    return Base.of(checkpoint, "ema" if has_average(config_of(checkpoint)) else "model")
+
+
+def check_base(config: RunConfig, source: ClipSource, out: Path) -> None:
+    """Check that a run of adapters in the folder ``out`` has its base; raises as ``base_of``."""
+    resumed = latest(out / "checkpoints") if (out / "checkpoints").is_dir() else None
+    if resumed is not None:
+        try:
+            is_adapted = BASE in Checkpoint(resumed).manifest.files
+        except CheckpointError:
+            is_adapted = False
+        if not is_adapted:  # another run, or damaged: who decides what to go on from says so
+            return
+    base_of(config, source, resumed)
+
+
 def told_differences(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     """A line for each key of the model that differs from the checkpoint of ``train.init_from`` and may."""
     return [
@@ -74,15 +120,31 @@ def told_differences(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def resume(engine: Engine[Any], folder: Path) -> tuple[TrainState, dict[str, Any]]:
+def resume(engine: Engine[Any], folder: Path, base: Base | None) -> tuple[TrainState, dict[str, Any]]:
     """Fill the engine from a checkpoint of this run; return the counters and the loader's state.
+
+    Args:
+        engine: with an optimizer.
+        folder: the checkpoint.
+        base: of a run of adapters, the frozen model.
 
     Ranks: collective; the layout may be another one than the checkpoint was saved in.
     """
     checkpoint = load(folder, engine.fragments(), engine.mesh)
+    if base is not None:
+        _fill(engine, base.open(), base.weights, "frozen")
     state = TrainState.from_json(checkpoint.state)
     engine.load_finished(state.updates)
     return state, checkpoint.state["loader"]
+
+
+def begin_adapters(engine: Engine[Any], base: Base) -> None:
+    """Fill the frozen model of a run of adapters; draw the adapters.
+
+    Ranks: collective.
+    """
+    _fill(engine, base.open(), base.weights, "frozen")
+    engine.initialize(engine.config.train.seed, "trained")
 
 
 def load_weights(engine: Engine[Any], checkpoint: Checkpoint, *, kind: str) -> None:
@@ -90,16 +152,25 @@ def load_weights(engine: Engine[Any], checkpoint: Checkpoint, *, kind: str) -> N
 
     Args:
         engine: with an optimizer (its moments stay zero and its average begins at the weights) or without.
-        checkpoint: where from.
+        checkpoint: where from; one of adapters also names the checkpoint of their base.
         kind: ``model``, or ``ema`` for the moving average.
 
     Ranks: collective.
     """
-    known = checkpoint.index.tensors
-    buffers = [fragment for fragment in engine.buffer_fragments() if fragment.name in known]
-    checkpoint.fill([*engine.weight_fragments(kind), *buffers], engine.mesh, allow_unread=("",))
+    if engine.has_frozen:
+        known = Base.read(checkpoint)
+        _fill(engine, known.open(engine.config.train.init_from), known.weights, "frozen")
+        checkpoint.fill(engine.weight_fragments(kind, "trained"), engine.mesh, allow_unread=("",))
+    else:
+        _fill(engine, checkpoint, kind, "all")
     if engine.optimizer is not None:
         for shard in engine.optimizer.shards:
             if shard.ema is not None:
                 shard.ema.copy_(shard.master.detach())
     engine.load_finished(0)
+
+
+def _fill(engine: Engine[Any], checkpoint: Checkpoint, kind: str, which: Weights) -> None:
+    known = checkpoint.index.tensors
+    buffers = [fragment for fragment in engine.buffer_fragments() if fragment.name in known]
+    checkpoint.fill([*engine.weight_fragments(kind, which), *buffers], engine.mesh, allow_unread=("",))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megavid.checkpoint import Checkpoint, resolve
+from megavid.checkpoint.base import Base
 from megavid.checkpoint.format import RUN
 from megavid.config.load import load_run
 from megavid.config.schema import ModelConfig, ParallelConfig, RunConfig
@@ -90,6 +91,8 @@ class SampleJob:
             raise ConfigError(
                 f"--weights ema: {checkpoint.folder} has none (optimizer.ema_decay = 0); use --weights model"
             )
+        if trained.lora.rank:
+            Base.read(checkpoint).open(trained.train.init_from)  # there, before ranks start
         kit = SamplingKit.load(checkpoint)
         size = ClipSize(
             frames=request.frames or kit.size.frames,

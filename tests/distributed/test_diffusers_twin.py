@@ -16,7 +16,7 @@ from megavid.config.schema import RunConfig
 from megavid.diffusion.objective import FlowObjective
 from megavid.models.runner import build_engine, velocity_of
 from megavid.ops.packs import LatentBatch, Pack, clip_index
-from megavid.parallel.engine import Engine
+from megavid.parallel.engine import Engine, Weights
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.placement import placement_of
 from megavid.plan.layout import layout_of
@@ -53,9 +53,9 @@ def batch_of(config: RunConfig) -> LatentBatch:
     return replace(batch, packs=(Pack(clips, config.data.pack_tokens),))
 
 
-def fill(engine: Engine[Any], weights: dict[str, Tensor]) -> None:
+def fill(engine: Engine[Any], weights: dict[str, Tensor], which: Weights = "all") -> None:
     """Copy weights in model space into what this rank holds of them."""
-    for fragment in engine.weight_fragments("model"):
+    for fragment in engine.weight_fragments("model", which):
         whole, at = weights[fragment.name.removeprefix("model/")], 0
         for box in fragment.boxes:
             window = tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape))
