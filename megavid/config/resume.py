@@ -24,6 +24,8 @@ MAY_CHANGE: dict[str, str] = {
     "train.spike_window": "likewise",
     "data.path": "a path; the shards behind it are told apart by their own identity",
     "data.queue_size": "how far the reader is ahead",
+    "train.spike_rollback_steps": "likewise; where the run went back is in its state",
+    "train.max_rollbacks": "a limit, not a number of the run",
     "data.max_bad_samples": "a limit, not a number of the run",
     "checkpoint.*": "when and how to save",
     "watchdog.*": "limits, not numbers of the run",

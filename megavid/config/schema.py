@@ -111,6 +111,11 @@ class TrainConfig:
     that were not skipped; its samples are named in events.jsonl. 0 for never."""
     spike_window: int = 50
     """Losses of that median; until there are as many, nothing is skipped."""
+    spike_rollback_steps: int = 0
+    """At a spike, go back to the last checkpoint at least this many steps before it, and leave the samples of the steps
+    between out for ever; 0: leave out that step's update alone."""
+    max_rollbacks: int = 3
+    """Times that a run goes back; at the next spike it stops (status 4)."""
 
     def __post_init__(self) -> None:
         at_least(
@@ -125,7 +130,19 @@ class TrainConfig:
             self.spike_factor == 0 or self.spike_factor > 1,
             f"train.spike_factor = {self.spike_factor} must be above 1, or 0 for never",
         )
-        at_least("train", 0, stop_at_step=self.stop_at_step, seed=self.seed)
+        require(
+            self.spike_rollback_steps == 0 or self.spike_factor > 0,
+            f"train.spike_rollback_steps = {self.spike_rollback_steps} needs train.spike_factor above 1, which says "
+            "what a spike is; set it, or leave the steps at 0",
+        )
+        at_least(
+            "train",
+            0,
+            stop_at_step=self.stop_at_step,
+            seed=self.seed,
+            spike_rollback_steps=self.spike_rollback_steps,
+            max_rollbacks=self.max_rollbacks,
+        )
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"train.micro_batch_size = {self.micro_batch_size} must divide train.global_batch_size = "

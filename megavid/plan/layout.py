@@ -99,6 +99,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     )
     dp = world_size // dense
     _check_model(config)
+    _check_rollback(config)
     require(
         train.global_batch_size % (train.micro_batch_size * dp) == 0,
         f"train.micro_batch_size x data parallel = {train.micro_batch_size} x {dp} = "
@@ -135,6 +136,19 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         tp=tp, cp=cp, dp=dp, pp=pp, vpp=parallel.virtual_pipeline, ep=ep, etp=etp, edp=world_size // expert,
         context=context, sequence=parallel.is_sequence_parallel,
     )  # fmt: skip
+
+
+def _check_rollback(config: RunConfig) -> None:
+    """A checkpoint that is old enough must still be there when a run is to go back."""
+    steps, kept = config.train.spike_rollback_steps, config.checkpoint
+    reach = (kept.keep_last - 1) * kept.interval_steps + 1
+    require(
+        steps == 0 or (kept.interval_steps > 0 and steps <= reach),
+        f"train.spike_rollback_steps = {steps} needs a checkpoint that old, but checkpoint.interval_steps = "
+        f"{kept.interval_steps} and checkpoint.keep_last = {kept.keep_last} keep "
+        + (f"{reach} steps at the least" if kept.interval_steps else "the last step's only")
+        + "; raise one of them, or go back fewer steps",
+    )
 
 
 def _check_model(config: RunConfig) -> None:

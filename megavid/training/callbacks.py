@@ -120,6 +120,8 @@ class MetricsLog(Callback):
             "is_skipped": not report.is_finite,
             "skipped": run.state.skipped,
         }
+        if run.state.left_out:
+            row["left_out"] = run.state.left_out
         router = worst_figures(report.routing)
         self.file.write({**row, "router": router} if router else row)
 

@@ -71,7 +71,7 @@ def parting_of(one: Path, other: Path, *, tolerance: float = 0.0) -> Parting:
         return found
     if step is None:
         return found
-    samples = sample_lines(configs, step)
+    samples = sample_lines(configs, (step + left_out(runs[0], step), step + left_out(runs[1], step)), step)
     if samples:
         found.cause = f"data: {samples[0]}"
         found.details += samples[1:]
@@ -179,9 +179,23 @@ def layer_of(name: str) -> str:
     return f"layer {block[1]}" if block else name.partition("/")[2].partition(".")[0]
 
 
-def sample_lines(configs: tuple[RunConfig, RunConfig], step: int) -> list[str]:
-    """What differs between the samples that two runs saw in a step; empty where they saw the same bits."""
-    seen = [samples_of(config, step) for config in configs]
+def left_out(run: RunDir, step: int) -> int:
+    """Steps whose samples a run had left out when it took a step."""
+    row = next(row for row in read_rows(run.metrics_file) if row["step"] == step)
+    found = row.get("left_out", 0)
+    assert isinstance(found, int)
+    return found
+
+
+def sample_lines(configs: tuple[RunConfig, RunConfig], data_steps: tuple[int, int], step: int) -> list[str]:
+    """What differs between the samples that two runs saw in a step; empty where they saw the same bits.
+
+    Args:
+        configs: of both.
+        data_steps: which step's samples each of them saw: ``TrainState.data_step``.
+        step: for the words.
+    """
+    seen = [samples_of(*one) for one in zip(configs, data_steps, strict=True)]
     if seen[0].keys() != seen[1].keys():
         return [f"step {step} holds other draws: {len(seen[0])} and {len(seen[1])} clips; another data set or batch"]
     lines = []
@@ -208,7 +222,7 @@ class _Seen:
 
 
 def samples_of(config: RunConfig, step: int) -> dict[int, _Seen]:
-    """The clips of one step, by draw."""
+    """The clips of one step of samples, by draw."""
     batch = config.train.global_batch_size
     whole = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=batch))
     source = build_source(whole)

@@ -6,6 +6,7 @@ Owns the order of things. Every decision that ends or changes the run is taken b
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from megavid.checkpoint import AsyncSaver, Checkpoint, latest
@@ -24,6 +25,7 @@ from megavid.parallel.engine import Engine
 from megavid.parallel.host import host_name
 from megavid.parallel.mesh import Mesh
 from megavid.profiling.peak import known_peak
+from megavid.training import rollback
 from megavid.training.build import build_callbacks
 from megavid.training.callbacks import Run
 from megavid.training.diagnose import first_bad_part
@@ -38,6 +40,7 @@ from megavid.training.resume import (
     load_weights,
     resume,
 )
+from megavid.training.rollback import RollBack
 from megavid.training.run_dir import RunDir, Start
 from megavid.training.state import TrainState
 from megavid.training.step import StepReport, TrainStep
@@ -62,34 +65,63 @@ def train(
         on_step: told of every step that is done.
 
     Raises:
-        NumericalStop: too many steps in a row were not finite.
+        NumericalStop: too many steps in a row were not finite, or the run has gone back too often.
         StopRequested: a signal asked for it; everything is saved.
         Superseded: another start of this run began; nothing more was written.
 
     Ranks: collective over the world.
     """
     with StopSignal(mesh) as stop:
-        source = build_source(config)
-        text_encoder = build_text_encoder(config)
-        kit = SamplingKit.of(config, source, text_encoder)
         engine = build_engine(config, mesh)
-        base = agreed_base(config, source, start, mesh)
-        state, loader_state = load_or_initialize(engine, config, source, run_dir, start, base)
-        objective = FlowObjective(config.diffusion, config.train.seed)
-        take_step = TrainStep(config, engine, objective)
-        loader = Loader(
-            config, source, text_encoder, dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
-            start_step=state.step + 1, state=loader_state, drops_caption=objective.drops_caption,
-        )  # fmt: skip
-        saver = AsyncSaver(
-            run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
-            layout=mesh.layout.describe(), extra={**kit.files(), **({BASE: base.to_bytes()} if base else {})},
-            fence=start.fence,
-        )  # fmt: skip
-        run = Run(config, mesh, engine, run_dir, state, loader, kit, known_peak(mesh.device))
-        write_start(run, start)
+        ended = train_from(config, engine, run_dir, start, stop, on_step)
+        while isinstance(ended, RollBack):
+            on_step(0)
+            again = replace(start, kind="resume", step=0, checkpoint=ended.checkpoint)
+            ended = train_from(config, engine, run_dir, again, stop, on_step, ended)
+        return ended
 
-        with loader, saver, build_callbacks(run) as callbacks:
+
+def train_from(
+    config: RunConfig,
+    engine: Engine[Any],
+    run_dir: RunDir,
+    start: Start,
+    stop: StopSignal,
+    on_step: Callable[[int], None],
+    back: RollBack | None = None,
+) -> TrainState | RollBack:
+    """Train from ``start`` on; ``back`` is why, where the run has gone back there.
+
+    Returns:
+        The final state, or the decision to go back.
+    """
+    mesh = engine.mesh
+    source = build_source(config)
+    text_encoder = build_text_encoder(config)
+    kit = SamplingKit.of(config, source, text_encoder)
+    base = agreed_base(config, source, start, mesh)
+    state, loader_state = load_or_initialize(engine, config, source, run_dir, start, base)
+    if back is not None:
+        state.go_back_from(back.later)
+    objective = FlowObjective(config.diffusion, config.train.seed)
+    take_step = TrainStep(config, engine, objective)
+    loader = Loader(
+        config, source, text_encoder, dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
+        start_step=state.data_step + 1, state=loader_state, drops_caption=objective.drops_caption,
+    )  # fmt: skip
+    saver = AsyncSaver(
+        run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
+        layout=mesh.layout.describe(), extra={**kit.files(), **({BASE: base.to_bytes()} if base else {})},
+        fence=start.fence,
+    )  # fmt: skip
+    run = Run(config, mesh, engine, run_dir, state, loader, kit, known_peak(mesh.device))
+
+    with loader, saver:
+        if back is not None:
+            save(run, saver)
+            saver.wait()  # the rows behind it go only now
+        write_start(run, start, back)
+        with build_callbacks(run) as callbacks:
             while state.step < last_step(config) and not stop.agreed:
                 waited_s = loader.waited_s
                 microbatches = next(loader)
@@ -99,7 +131,10 @@ def train(
                     start.fence.check()  # before a row of this step is written
                 callbacks.after_step(report)
                 if not report.is_finite:
-                    note_bad_step(run, report)
+                    samples = note_bad_step(run, report)
+                    back = rollback.decide(run, report, samples, saver)
+                    if back is not None:
+                        return back
                 if state.bad_in_a_row >= config.train.max_bad_steps:
                     raise numerical_stop(run, report, first_bad_part(engine, objective, microbatches))
 
@@ -107,13 +142,18 @@ def train(
                 stop.agree()  # every rank takes the same decision, once per step
                 if is_save_due(config, state.step) or stop.agreed:
                     callbacks.before_save()
-                    progress = state.to_json(seed=config.train.seed, loader=loader.state_dict())
-                    saver.save(state.step, engine.fragments(), progress)
-                    run.event("saved", step=state.step, held_s=round(saver.held_s, 3))
-            saver.wait()
-        if config.lora.rank and mesh.is_main:
-            write_adapter(run_dir)
-        return finish(run, stop.agreed)
+                    save(run, saver)
+        saver.wait()
+    if config.lora.rank and mesh.is_main:
+        write_adapter(run_dir)
+    return finish(run, stop.agreed)
+
+
+def save(run: Run, saver: AsyncSaver) -> None:
+    """Begin a checkpoint of the run as it stands."""
+    progress = run.state.to_json(seed=run.config.train.seed, loader=run.loader.state_dict())
+    saver.save(run.state.step, run.engine.fragments(), progress)
+    run.event("saved", step=run.state.step, held_s=round(saver.held_s, 3))
 
 
 def last_step(config: RunConfig) -> int:
@@ -181,7 +221,7 @@ def write_adapter(run_dir: RunDir) -> None:
     run_dir.event("adapter", step=checkpoint.step, file=ADAPTER)
 
 
-def write_start(run: Run, start: Start) -> None:
+def write_start(run: Run, start: Start, back: RollBack | None) -> None:
     """Write what this start is: run.toml, ranks.json, an event; cut the rows after the loaded checkpoint."""
     mesh, run_dir, layout = run.mesh, run.run_dir, run.mesh.layout.describe()
     row = {
@@ -199,21 +239,28 @@ def write_start(run: Run, start: Start) -> None:
         run_dir.write_ranks(rows)
         fields: dict[str, object] = {"step": run.state.step, "layout": layout, "ranks": mesh.world_size}
         fields["peak"] = None if run.peak is None else run.peak.to_json()  # what mfu and hfu are fractions of
-        if start.checkpoint is not None:
+        if run.state.rollbacks:
+            fields |= {"rollbacks": len(run.state.rollbacks), "left_out": run.state.left_out}
+        if back is not None:
+            spike = {"spike": back.later.step, "loss": back.loss, "samples": back.samples}
+            run_dir.event("rolled_back", **fields, checkpoint=back.checkpoint.name, **spike)
+        elif start.checkpoint is not None:
             run_dir.event("resumed", **fields, checkpoint=start.checkpoint.name)
         else:
             run_dir.event("started", **fields, init_from=run.config.train.init_from)
 
 
-def note_bad_step(run: Run, report: StepReport) -> None:
+def note_bad_step(run: Run, report: StepReport) -> list[int]:
     """Note a skipped step with the samples that made it so (all of the step, where every loss is finite)."""
+    samples = bad_samples(run, report)
     run.event(
         "skipped",
         step=report.step,
         culprit=report.culprit,
-        samples=bad_samples(run, report),
+        samples=samples,
         in_a_row=run.state.bad_in_a_row,
     )
+    return samples
 
 
 def bad_samples(run: Run, report: StepReport) -> list[int]:
@@ -227,8 +274,7 @@ def bad_samples(run: Run, report: StepReport) -> list[int]:
 def numerical_stop(run: Run, report: StepReport, origin: str) -> NumericalStop:
     """The error that ends a run after too many skipped steps in a row."""
     samples = bad_samples(run, report)
-    is_spike = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
-    why = report.culprit if is_spike else f"first not finite: {origin} ({report.culprit})"
+    why = report.culprit if report.is_spike else f"first not finite: {origin} ({report.culprit})"
     shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
     return NumericalStop(
         f"step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}, {why}, "

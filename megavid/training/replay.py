@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megavid.checkpoint import Checkpoint, list_steps
+from megavid.checkpoint import Checkpoint, list_steps, resolve
 from megavid.checkpoint.format import step_name
 from megavid.config.schema import RunConfig
 from megavid.data.build import build_source, build_text_encoder
@@ -27,6 +27,7 @@ from megavid.training.loop import agreed_base, load_or_initialize
 from megavid.training.metrics import read_rows
 from megavid.training.resume import config_of
 from megavid.training.run_dir import RunDir, Start
+from megavid.training.state import TrainState
 from megavid.training.step import StepReport, TrainStep
 
 LAW = 1e-5
@@ -73,11 +74,11 @@ def recorded(folder: Path, step: int) -> Recorded:
     row = next((row for row in read_rows(run_dir.metrics_file) if row["step"] == step), None)
     if row is None:
         raise DataError(f"{run_dir.metrics_file} has no step {step}; give one that the run has taken")
-    starts = [event for event in run_dir.events() if event["event"] in ("started", "resumed")]
+    starts = [event for event in run_dir.events() if event["event"] in ("started", "resumed", "rolled_back")]
     took = [event for event in starts if _number(event["step"]) < step]
     if not took:
         raise DataError(f"{run_dir.events_file} names no start before step {step}")
-    steps = list_steps(run_dir.checkpoints)
+    steps = steps_of_run(run_dir.checkpoints)
     before, after = [s for s in steps if s < step], [s for s in steps if s >= step]
     if after:  # written by the start that took the step, or by a later one
         saved = config_of(Checkpoint(run_dir.checkpoints / step_name(after[0])))
@@ -86,6 +87,18 @@ def recorded(folder: Path, step: int) -> Recorded:
     loss, norm = (_figure(row[name]) for name in ("loss", "grad_norm"))
     ranks = _number(took[-1]["ranks"])
     return Recorded(step, loss, norm, str(took[-1]["layout"]), ranks, config, checkpoint)
+
+
+def steps_of_run(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints that the run came by, without those that it has gone back behind since, rising."""
+    steps = list_steps(checkpoints)
+    if not steps:
+        return []
+    states = {step: TrainState.from_json(Checkpoint(checkpoints / step_name(step)).state) for step in steps}
+    newest = TrainState.from_json(Checkpoint(resolve(checkpoints)).state)
+    # Later ones than the newest are of a run that was told to go on from an earlier step.
+    later = {step for step, state in states.items() if step > newest.step and state.rollbacks == newest.rollbacks}
+    return [step for step, state in states.items() if step in later or state.is_before(newest)]
 
 
 def _figure(value: object) -> float | None:
@@ -147,7 +160,7 @@ def take_steps(
     take_step = TrainStep(config, engine, objective)
     loader = Loader(
         config, source, build_text_encoder(config), dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
-        start_step=state.step + 1, state=loader_state, drops_caption=objective.drops_caption,
+        start_step=state.data_step + 1, state=loader_state, drops_caption=objective.drops_caption,
     )  # fmt: skip
     with loader:
         return [take_step(state, next(loader), 0.0) for _ in range(state.step, what.step)]

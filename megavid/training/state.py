@@ -32,6 +32,8 @@ class TrainState:
         tokens: tokens of clips seen, padding left out.
         clips: clips seen.
         losses: the last ``train.spike_window`` losses of steps that were not skipped: what a spike is told by.
+        rollbacks: (step that the run went back to, step of the spike) of each time that it did.
+        left_out: steps whose samples were left out by that, in all.
     """
 
     step: int = 0
@@ -41,6 +43,24 @@ class TrainState:
     tokens: int = 0
     clips: int = 0
     losses: list[float] = field(default_factory=list)
+    rollbacks: list[tuple[int, int]] = field(default_factory=list)
+    left_out: int = 0
+
+    @property
+    def data_step(self) -> int:
+        """Steps whose samples were seen or left out: those of the next step are of ``data_step + 1``."""
+        return self.step + self.left_out
+
+    def go_back_from(self, later: "TrainState") -> None:
+        """Make this, loaded from a checkpoint, the state of a run that goes back to it from ``later``."""
+        self.rollbacks = [*later.rollbacks, (self.step, later.step)]
+        self.left_out = later.data_step - self.step
+
+    def is_before(self, later: "TrainState") -> bool:
+        """Whether the run that stands at ``later`` came by here: not where it went back behind this since."""
+        since = later.rollbacks[len(self.rollbacks) :]
+        is_same_run = later.rollbacks[: len(self.rollbacks)] == self.rollbacks
+        return is_same_run and self.step <= later.step and all(self.step < to for to, _ in since)
 
     def loss_limit(self, factor: float, window: int) -> float:
         """The loss above which the next step is a spike; infinite while too few are known, or where ``factor`` is 0."""
@@ -75,8 +95,14 @@ class TrainState:
         counters: dict[str, Any] = {}
         for known in dataclasses.fields(cls):
             value = table.get(known.name)
-            if known.name == "losses":  # checkpoints of before it was kept have none
+            # Checkpoints of before these were kept have none.
+            if known.name == "losses":
                 counters[known.name] = [float(loss) for loss in value] if isinstance(value, list) else []
+                continue
+            if known.name == "rollbacks":
+                counters[known.name] = [(int(to), int(at)) for to, at in value] if isinstance(value, list) else []
+                continue
+            if known.name == "left_out" and value is None:
                 continue
             if not isinstance(value, int):
                 raise CheckpointError(f"state.json has {known.name} = {value!r}, which must be a whole number")

@@ -45,7 +45,9 @@ class Status:
         checkpoint: name of the last one; "" for none.
         checkpoint_step: its step.
         restarts: starts behind the first one.
-        skipped: steps skipped for numbers that are not finite.
+        skipped: steps skipped for numbers that are not finite, or a spike of the loss.
+        rollbacks: times that the run went back at a spike.
+        left_out: steps whose samples were left out by that.
         bad_samples: damaged samples that were replaced, each once.
         slow_hosts: hosts of ranks that were named slow, with how often.
         layout: of the last start.
@@ -64,6 +66,8 @@ class Status:
     checkpoint_step: int
     restarts: int
     skipped: int
+    rollbacks: int
+    left_out: int
     bad_samples: int
     slow_hosts: dict[str, int]
     layout: str
@@ -86,7 +90,8 @@ class Status:
             ("MFU", "not known: no peak of this machine" if self.mfu is None else f"{self.mfu:.1%}"),
             ("checkpoint", f"{self.checkpoint}{after}" if self.checkpoint else "none yet"),
             ("restarts", str(self.restarts)),
-            ("skipped", f"{self.skipped} steps (not finite), {self.bad_samples} damaged samples replaced"),
+            ("skipped", f"{self.skipped} steps (not finite, or a spike), {self.bad_samples} damaged samples replaced"),
+            ("went back", f"{self.rollbacks} times at a spike; samples of {self.left_out} steps left out"),
             ("slow hosts", slow or "none named"),
             ("layout", self.layout or "not known"),
             ("last sign", f"{duration(self.age_s)} ago"),
@@ -112,6 +117,7 @@ def status_of(folder: Path, *, now: float | None = None) -> Status:
     events, rows = read_tail(folder / "events.jsonl", 1 << 30), read_tail(folder / "metrics.jsonl", TAIL_BYTES)
     starts = [number for number, event in enumerate(events) if event["event"] in ("started", "resumed")]
     last_start = events[starts[-1]] if starts else {}
+    began = [event for event in events if event["event"] in ("started", "resumed", "rolled_back")][-1:]
     step = int(rows[-1]["step"]) if rows else 0
     steps = int(config["train"]["steps"])
     recent = [row["step_time_s"] for row in rows[-WINDOW:] if row.get("step_time_s")]
@@ -138,6 +144,8 @@ def status_of(folder: Path, *, now: float | None = None) -> Status:
         checkpoint_step=int(pointer.removeprefix("step_")) if pointer else 0,
         restarts=max(0, len(starts) - 1),
         skipped=int(rows[-1].get("skipped", 0)) if rows else 0,
+        rollbacks=int(began[0].get("rollbacks", 0)) if began else 0,
+        left_out=int(began[0].get("left_out", 0)) if began else 0,
         bad_samples=len(bad),
         slow_hosts=slow,
         layout=str(last_start.get("layout", "")),

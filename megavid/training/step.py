@@ -5,6 +5,7 @@ Owns the record of a step and of its clips, and the counters. The arithmetic of 
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ class StepReport:
     def tokens_per_s(self) -> float:
         """Tokens of clips per second, over all ranks."""
         return self.tokens / self.step_time_s
+
+    @property
+    def is_spike(self) -> bool:
+        """Whether the step was skipped though its numbers are finite: its loss is too large."""
+        return not self.is_finite and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class RecordingObjective:

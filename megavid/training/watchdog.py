@@ -88,8 +88,8 @@ class Watchdog:
             self._end(f"rank {self.env.rank} lost its connection to another rank")
 
     def beat(self, step: int) -> None:
-        """Say that ``step`` is done."""
-        self.step, self._is_first = step, False
+        """Say that ``step`` is done; 0 where the run goes back, for which it reads a checkpoint as at its start."""
+        self.step, self._is_first = step, step == 0
 
     @property
     def limit_s(self) -> float:

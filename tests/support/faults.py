@@ -40,7 +40,8 @@ class Fault:
 
     Attributes:
         kind: "kill", "stop" (SIGSTOP), "torn" (half of a write, then killed), "ENOSPC", "EIO", "EIO read", "stale",
-            "spike" (the latents of step ``at`` are 30 times too large),
+            "spike" (the latents of step ``at`` are 30 times too large), "bad clip" (those of the microbatch with draw
+            ``at`` are, whenever it comes), "bad clips" (with any draw from ``at`` on),
             "slow" (every step takes ``seconds`` longer), "nan" (one weight of the rank after ``at`` steps), "none".
         rank: whom it befalls; -1 for the launcher.
         at: the change of the file system (or the step, or the read) at which it comes, from 1.
@@ -239,6 +240,11 @@ def _patch_steps(fault: Fault, layer: _Layer) -> None:
         if fault.kind == "spike" and taken[0] == fault.at:
             for batch in args[0]:
                 batch.clean_BTP.mul_(30.0)
+        if fault.kind in ("bad clip", "bad clips"):
+            for batch in args[0]:
+                draws = [clip.draw for clip in batch.clips]
+                if fault.at in draws or (fault.kind == "bad clips" and max(draws) >= fault.at):
+                    batch.clean_BTP.mul_(30.0)
         if layer.is_mine and fault.kind in ("kill step", "stop step") and taken[0] == fault.at:
             os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill step" else signal.SIGSTOP)
         return original(engine, *args, **named)
