@@ -53,7 +53,7 @@ class BuildOps(build_ext):
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-Wall", abi, f'-DMEGAVID_TORCH="{torch.__version__}"']
         flags += [flag for path in cpp_extension.include_paths(device) for flag in ("-isystem", path)]
-        for binding in ["cpu", "cuda"] if has_cuda else ["cpu"]:
+        for binding in ["cpu", "cpu_moe", "cuda", "cuda_moe"] if has_cuda else ["cpu", "cpu_moe"]:
             target = temp / f"bind_{binding}.o"
             jobs.append([compiler, *flags, "-c", ROOT / f"csrc/bind/{binding}.cpp", "-o", target])
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -4,54 +4,17 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 
 #include "../cuda/kernels.h"
 #include "checks.h"
+#include "launch.h"
 
 namespace megavid {
 namespace {
-
-// Of a table's gradient: at most so many chunks, of at least so many tokens, whose sums take at most so many numbers.
-constexpr int64_t kMostChunks = 256, kLeastTokens = 64, kMostNumbers = int64_t{1} << 24;
-
-// The device of x is current while this stands; calls are checked on its current stream.
-struct Launch {
-  Launch(const char* op, const Tensor& x) : op(op), guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
-
-  void check(cudaError_t error) const {
-    TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
-  }
-
-  const char* op;
-  const c10::cuda::CUDAGuard guard;
-  const cudaStream_t stream;
-};
-
-// By shapes alone, so that sums are the same in every run.
-Sums sums_of(int64_t tokens, int64_t rows, int64_t gate_rows, int64_t width) {
-  const int64_t numbers = std::max<int64_t>(1, std::max(rows, gate_rows) * width);
-  const int64_t wanted = std::min({(tokens + kLeastTokens - 1) / kLeastTokens, kMostChunks, kMostNumbers / numbers});
-  const int64_t chunks = std::max<int64_t>(1, wanted);
-  Sums sums{};
-  sums.tokens = tokens;
-  sums.chunk_tokens = std::max<int64_t>(1, (tokens + chunks - 1) / chunks);
-  sums.rows = rows;
-  sums.gate_rows = gate_rows;
-  return sums;
-}
-
-Tensor partial_of(const Sums& sums, int64_t rows, const Tensor& table) {
-  const int64_t chunks = (sums.tokens + sums.chunk_tokens - 1) / sums.chunk_tokens;
-  return at::zeros({chunks, rows, table.size(-1)}, table.options());
-}
 
 std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_, const Tensor& scale_,
                                                   const Tensor& row_, double eps, bool is_centered) {

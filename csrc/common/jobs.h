@@ -89,4 +89,85 @@ struct NormRope {
   bool is_bf16;
 };
 
+// One call of expert_activation over S rows: y = activation(up + bias) * probability.
+struct ExpertActivation {
+  const void* up;           // [S, M], fp32 or bf16
+  const void* gate;         // [S, M], or null: GELU-tanh of up; else SiLU of gate, times up
+  const void* up_bias;      // [e, M] dtype of up, or null
+  const void* gate_bias;    // [e, M] likewise
+  const int64_t* expert;    // [S], in [0, e); read where there is a bias
+  const float* probability;  // [S]
+  void* y;                  // [S, M] forward
+  const void* grad_y;       // [S, M] backward
+  void* grad_up;            // [S, M] backward
+  void* grad_gate;          // [S, M] backward, where there is a gate
+  float* grad_probability;  // [S] backward
+  const int64_t* run_start;  // [runs + 1]: a run is a stretch of rows of one expert
+  float* run_up;            // [runs, M] gradient of up_bias, or null
+  float* run_gate;          // [runs, M] gradient of gate_bias, or null
+  int64_t width;            // M
+  bool is_bf16;
+};
+
+// One call of moe_permute or moe_unpermute: S rows sorted by expert, and the T tokens that they are of.
+struct MoeRows {
+  const int64_t* token;   // [S] token of each row, -1: a row that only fills up
+  const int64_t* first;   // [T + 1] where a token's rows begin in row
+  const int64_t* row;     // [S] the rows of token after token
+  const float* weight;    // [S] factor of each row, or null: 1
+  const void* from;       // [T, D] where rows are written, [S, D] where tokens are; fp32 or bf16
+  void* to;               // [S, D], [T, D]
+  const void* x;          // [S, D] the rows whose weights take a gradient, or null
+  float* grad_weight;     // [S] that gradient
+  int64_t width;          // D
+  bool is_bf16;
+};
+
+// Where every row stands, as kernels on a GPU find it out: by chunks of kIndexTokens tokens.
+struct MoeIndex {
+  const bool* map;           // [T, E]
+  const float* probability;  // [T, E]
+  int64_t* token;            // [S], -1 at first
+  int64_t* first;            // [T + 1], given: from the counts of each token's experts
+  int64_t* row;              // [S], -1 at first
+  int64_t* rows_of_expert;   // [E]
+  int64_t* begin_of_expert;  // [E] scratch
+  int64_t* chunk_row;        // [chunks, E] scratch
+  int32_t* row_of_pair;      // [T, E] scratch
+  float* row_probability;    // [S], zero at first
+  const float* grad_row_probability;  // [S] backward
+  float* grad_probability;   // [T, E] backward, zero at first
+  int64_t tokens;            // T
+  int64_t experts;           // E
+  int64_t num_rows;          // S
+  int64_t alignment;
+};
+
+constexpr int64_t kIndexTokens = 256;
+
+// One call of router_topk over T tokens.
+struct RouterTopk {
+  const float* scores;     // [T, E]
+  const float* bias;       // [E], or null
+  const int64_t* bucket;   // [T] noise bucket, -1: padding, which goes nowhere
+  float* probability;      // [T, E] forward
+  bool* map;               // [T, E] written forward, read backward
+  float* counts;           // [chunks, Q, E] forward, zeroed by the caller; CUDA: [Q, E]
+  const float* grad;       // [T, E] backward
+  float* grad_scores;      // [T, E] backward
+  int64_t tokens;          // T
+  int64_t experts;         // E
+  int64_t buckets;         // Q
+  int64_t top_k;
+  int64_t num_groups;
+  int64_t top_groups;
+  float scale;             // factor on the gates
+};
+
+// Tokens of a chunk whose counts one thread of a CPU adds up.
+constexpr int64_t kCountTokens = 1024;
+
+// Added to a sum of scores before it divides; megavid.ops.moe_math.SMALLEST_SUM.
+constexpr float kSmallestSum = 1e-20f;
+
 }  // namespace megavid

@@ -43,6 +43,32 @@ inline void store(BFloat16* place, float value) {
   place->bits = static_cast<uint16_t>((wide & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
+// e^x within one unit of the last place, e^-87 and e^88 beyond these arguments; NaN stays NaN. Plain arithmetic, so
+// that loops around it are vectorised, which those around std::exp are not.
+//
+// e^x = 2^n e^r with n = round(x / log 2); log 2 in two parts, of which n times the first is exact; e^r by the polynomial
+// of Cephes' expf (S. Moshier).
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the whole number in the lowest bits
+  const float shifted = x * 1.44269504088896341f + round;
+  const float n = shifted - round;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits - 0x4b400000u + 127u) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return p * power;
+}
+
 // Scratch numbers of one call. Not std::vector: its functions are shared between all instruction sets by the linker,
 // which may keep the copy that this machine cannot run.
 class Scratch {

@@ -36,4 +36,16 @@ cudaError_t megavid_cuda_sum_of_squares_forward(const megavid::SumOfSquares*, in
 cudaError_t megavid_cuda_sum_of_squares_backward(const megavid::SumOfSquares*, int64_t tokens, cudaStream_t);
 cudaError_t megavid_cuda_norm_rope_forward(const megavid::NormRope*, cudaStream_t);
 cudaError_t megavid_cuda_norm_rope_backward(const megavid::NormRope*, const megavid::Sums*, cudaStream_t);
+cudaError_t megavid_cuda_expert_activation_forward(const megavid::ExpertActivation*, int64_t rows, cudaStream_t);
+// Sums: tokens are rows; rows and gate_rows are experts with a bias of up and of gate.
+cudaError_t megavid_cuda_expert_activation_backward(const megavid::ExpertActivation*, const megavid::Sums*,
+                                                    cudaStream_t);
+cudaError_t megavid_cuda_moe_index(const megavid::MoeIndex*, cudaStream_t);
+cudaError_t megavid_cuda_moe_scatter_gates(const megavid::MoeIndex*, cudaStream_t);
+cudaError_t megavid_cuda_moe_permute_forward(const megavid::MoeRows*, int64_t rows, cudaStream_t);
+cudaError_t megavid_cuda_moe_permute_backward(const megavid::MoeRows*, int64_t tokens, cudaStream_t);
+cudaError_t megavid_cuda_moe_unpermute_forward(const megavid::MoeRows*, int64_t tokens, cudaStream_t);
+cudaError_t megavid_cuda_moe_unpermute_backward(const megavid::MoeRows*, int64_t rows, cudaStream_t);
+cudaError_t megavid_cuda_router_topk_forward(const megavid::RouterTopk*, cudaStream_t);
+cudaError_t megavid_cuda_router_topk_backward(const megavid::RouterTopk*, cudaStream_t);
 }

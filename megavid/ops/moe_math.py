@@ -7,6 +7,9 @@ that it depends on nothing but the scores. Knows no parameters and no ranks.
 import torch
 from torch import Tensor
 
+SMALLEST_SUM = 1e-20
+"""Added to sums of scores before they divide."""
+
 
 def top_experts(selection_TE: Tensor, top_k: int) -> Tensor:
     """Expert numbers of the ``top_k`` highest scores of each token, best first, [T, K] int64; ties to the lower number.
@@ -29,7 +32,8 @@ def within_top_groups(selection_TE: Tensor, *, num_groups: int, top_groups: int,
     tokens, experts = selection_TE.shape
     grouped = selection_TE.view(tokens, num_groups, experts // num_groups)
     best = min(max(top_k // top_groups, 1), grouped.shape[-1])
-    group_scores = grouped.topk(best, dim=-1).values.sum(-1)
+    first, *others = grouped.topk(best, dim=-1).values.unbind(-1)
+    group_scores = sum(others, first)  # best first: an order of its own, which a kernel can repeat
     chosen = top_experts(group_scores, top_groups)
     allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, chosen, True)
     return grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).view(tokens, experts)
@@ -49,7 +53,7 @@ def gates_of(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
     selected_TK = scores_TE.gather(1, ids_TK)
     if ids_TK.shape[1] == 1:
         return selected_TK
-    return selected_TK / (selected_TK.sum(-1, keepdim=True) + 1e-20)
+    return selected_TK / (selected_TK.sum(-1, keepdim=True) + SMALLEST_SUM)
 
 
 def expert_choice(scores_TE: Tensor, clip_T: Tensor, capacity_G: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def test_kernels_compile_for_every_architecture(kernel: Path, tmp_path: Path) ->
 
 @needs_nvcc
 @pytest.mark.skipif(CXX is None, reason="there is no g++ on this machine")
-def test_the_binding_compiles_against_this_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("binding", ["cuda", "cuda_moe"])
+def test_the_binding_compiles_against_this_torch(binding: str, tmp_path: Path) -> None:
     # A CPU build of torch ships the headers but for one, of two lines.
     stub = tmp_path / "include/c10/cuda/impl/cuda_cmake_macros.h"
     stub.parent.mkdir(parents=True)
@@ -60,14 +61,15 @@ def test_the_binding_compiles_against_this_torch(tmp_path: Path) -> None:
     includes = [*cpp_extension.include_paths(), tmp_path / "include", toolkit.strip()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = ["-std=c++20", "-O0", "-Wall", abi, *(part for path in includes for part in ("-isystem", path))]
-    said = run(CXX, *flags, "-c", ROOT / "csrc/bind/cuda.cpp", "-o", tmp_path / "cuda.o")
+    said = run(CXX, *flags, "-c", ROOT / f"csrc/bind/{binding}.cpp", "-o", tmp_path / "cuda.o")
     assert "warning" not in said
 
 
-def test_both_bindings_register_the_same_ops() -> None:
+@pytest.mark.parametrize(("part", "ops"), [("", 10), ("_moe", 8)])
+def test_both_bindings_register_the_same_ops(part: str, ops: int) -> None:
     registered = [
-        set(re.findall(r'm\.impl\("(\w+)", &', (ROOT / f"csrc/bind/{binding}.cpp").read_text()))
-        for binding in ("cpu", "cuda")
+        set(re.findall(r'm\.impl\("(\w+)", &', (ROOT / f"csrc/bind/{device}{part}.cpp").read_text()))
+        for device in ("cpu", "cuda")
     ]
     assert registered[0] == registered[1]
-    assert len(registered[0]) == 10
+    assert len(registered[0]) == ops

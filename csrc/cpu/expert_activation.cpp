@@ -1,0 +1,145 @@
+// An expert's activation: GELU-tanh of up, or SiLU of gate times up, biases added before and the probability after.
+//
+// Memory traffic per row: forward reads up (and gate) and writes y; backward reads them and the gradient and writes
+// their gradients. The biases of a row's expert stay in the first-level cache. Gradients of the biases are summed run
+// by run, as in modulated_norm.cpp.
+#include "kernels.h"
+#include "simd.h"
+
+namespace megavid {
+namespace MEGAVID_ISA {
+namespace {
+
+// A table's row in fp32, fetched when the row changes; zeros where there is no table.
+template <typename T>
+class BiasRow {
+ public:
+  BiasRow(const void* table, int64_t width) : table_(static_cast<const T*>(table)), width_(width), wide_(width) {
+    for (int64_t i = 0; i < width; ++i) wide_.data()[i] = 0.0f;
+  }
+  const float* of(const int64_t* expert, int64_t row) {
+    if (table_ != nullptr && expert[row] != now_) {
+      now_ = expert[row];
+      const T* from = table_ + now_ * width_;
+      for (int64_t i = 0; i < width_; ++i) wide_.data()[i] = load(from[i]);
+    }
+    return wide_.data();
+  }
+
+ private:
+  const T* table_;
+  const int64_t width_;
+  int64_t now_ = -1;
+  Scratch wide_;
+};
+
+// GELU-tanh(u) = u * sigmoid(2 z), z = sqrt(2 / pi) (u + 0.044715 u^3).
+constexpr float kTwoRoot = 2 * 0.7978845608028654f, kCubic = 0.044715f;
+
+// e^-x / (1 + e^-x) beside 1 / (1 + e^-x): neither loses digits where the other is near 1.
+struct Sigmoid {
+  float value;
+  float rest;
+};
+
+inline Sigmoid sigmoid(float x) {
+  const float e = exponential(-x);
+  const float value = 1.0f / (1.0f + e);
+  return {value, e * value};
+}
+
+template <typename T, bool kGated>
+void forward(const ExpertActivation& job, int64_t begin, int64_t end) {
+  const int64_t width = job.width;
+  BiasRow<T> up_bias(job.up_bias, width), gate_bias(job.gate_bias, kGated ? width : 0);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* up = static_cast<const T*>(job.up) + row * width;
+    const T* gate = kGated ? static_cast<const T*>(job.gate) + row * width : nullptr;
+    T* y = static_cast<T*>(job.y) + row * width;
+    const float *of_up = up_bias.of(job.expert, row), *of_gate = kGated ? gate_bias.of(job.expert, row) : nullptr;
+    const float probability = job.probability[row];
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const float u = load(up[i]) + of_up[i];
+      if (kGated) {
+        const float g = load(gate[i]) + of_gate[i];
+        store(y + i, g * sigmoid(g).value * u * probability);
+      } else {
+        store(y + i, u * sigmoid(kTwoRoot * (u + kCubic * u * u * u)).value * probability);
+      }
+    }
+  }
+}
+
+template <typename T, bool kGated>
+void backward(const ExpertActivation& job, int64_t begin, int64_t end) {
+  const int64_t width = job.width;
+  BiasRow<T> up_bias(job.up_bias, width), gate_bias(job.gate_bias, kGated ? width : 0);
+  Scratch unused(2 * width);  // sums of a bias that is not there
+  for (int64_t run = begin; run < end; ++run) {
+    float* sum_up = job.run_up != nullptr ? job.run_up + run * width : unused.data();
+    float* sum_gate = job.run_gate != nullptr ? job.run_gate + run * width : unused.data() + width;
+    for (int64_t i = 0; i < width; ++i) sum_up[i] = sum_gate[i] = 0.0f;
+    for (int64_t row = job.run_start[run]; row < job.run_start[run + 1]; ++row) {
+      const T* up = static_cast<const T*>(job.up) + row * width;
+      const T* gate = kGated ? static_cast<const T*>(job.gate) + row * width : nullptr;
+      const T* grad_y = static_cast<const T*>(job.grad_y) + row * width;
+      T* grad_up = static_cast<T*>(job.grad_up) + row * width;
+      T* grad_gate = kGated ? static_cast<T*>(job.grad_gate) + row * width : nullptr;
+      const float *of_up = up_bias.of(job.expert, row), *of_gate = kGated ? gate_bias.of(job.expert, row) : nullptr;
+      const float probability = job.probability[row];
+      float product = 0.0f;
+#pragma omp simd reduction(+ : product)
+      for (int64_t i = 0; i < width; ++i) {
+        const float u = load(up[i]) + of_up[i];
+        const float grad = load(grad_y[i]);
+        if (kGated) {
+          const float g = load(gate[i]) + of_gate[i];
+          const Sigmoid s = sigmoid(g);
+          const float slope = s.value * (1.0f + g * s.rest);
+          const float to_up = grad * probability * g * s.value;
+          const float to_gate = grad * probability * u * slope;
+          product += grad * g * s.value * u;
+          sum_up[i] += to_up;
+          sum_gate[i] += to_gate;
+          store(grad_up + i, to_up);
+          store(grad_gate + i, to_gate);
+        } else {
+          const Sigmoid s = sigmoid(kTwoRoot * (u + kCubic * u * u * u));
+          const float slope = s.value + u * s.value * s.rest * kTwoRoot * (1.0f + 3 * kCubic * u * u);
+          const float to_up = grad * probability * slope;
+          product += grad * u * s.value;
+          sum_up[i] += to_up;
+          store(grad_up + i, to_up);
+        }
+      }
+      job.grad_probability[row] = product;
+    }
+  }
+}
+
+template <typename T>
+void run_forward(const ExpertActivation& job, int64_t begin, int64_t end) {
+  job.gate != nullptr ? forward<T, true>(job, begin, end) : forward<T, false>(job, begin, end);
+}
+
+template <typename T>
+void run_backward(const ExpertActivation& job, int64_t begin, int64_t end) {
+  job.gate != nullptr ? backward<T, true>(job, begin, end) : backward<T, false>(job, begin, end);
+}
+
+}  // namespace
+}  // namespace MEGAVID_ISA
+}  // namespace megavid
+
+void MEGAVID_NAME(megavid_expert_activation_forward)(const megavid::ExpertActivation& job, int64_t begin,
+                                                     int64_t end) {
+  using namespace megavid::MEGAVID_ISA;
+  job.is_bf16 ? run_forward<BFloat16>(job, begin, end) : run_forward<float>(job, begin, end);
+}
+
+void MEGAVID_NAME(megavid_expert_activation_backward)(const megavid::ExpertActivation& job, int64_t begin,
+                                                      int64_t end) {
+  using namespace megavid::MEGAVID_ISA;
+  job.is_bf16 ? run_backward<BFloat16>(job, begin, end) : run_backward<float>(job, begin, end);
+}
