@@ -11,7 +11,6 @@ from typing import Any
 
 from megavid.checkpoint import AsyncSaver, Checkpoint, latest
 from megavid.checkpoint.base import BASE, Base
-from megavid.checkpoint.convert.adapter import ADAPTER, saved_adapter
 from megavid.checkpoint.ranks import agreed
 from megavid.config.load import dump_toml
 from megavid.config.schema import RunConfig
@@ -211,6 +210,8 @@ def first_weights(engine: Engine[Any], config: RunConfig, source: ClipSource, ba
 
 def write_adapter(run_dir: RunDir) -> None:
     """Write the adapter of the last checkpoint beside run.toml, in the form that diffusers loads."""
+    from megavid.checkpoint.convert.adapter import ADAPTER, saved_adapter  # here: only a run of adapters needs it
+
     found = latest(run_dir.checkpoints)
     if found is None:
         return
