@@ -62,11 +62,11 @@ def load_served(source: ModelSource) -> nn.Module:
     if source.layout == "inference":
         from megavid.inference import MegavidTransformer3DModel
 
-        model = MegavidTransformer3DModel.from_pretrained(source.path, torch_dtype=torch.float32)
+        model = MegavidTransformer3DModel.from_pretrained(source.path, dtype=torch.float32)
     elif source.layout == "diffusers":
         from diffusers import WanTransformer3DModel
 
-        model = WanTransformer3DModel.from_pretrained(source.path, torch_dtype=torch.float32)
+        model = WanTransformer3DModel.from_pretrained(source.path, dtype=torch.float32)
     else:
         from diffusers import WanTransformer3DModel
         from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers

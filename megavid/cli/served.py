@@ -249,7 +249,7 @@ def load_transformer(folder: Path, device: "Any") -> "MegavidTransformer3DModel"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         model, told_of = MegavidTransformer3DModel.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
         )
     except MegavidError:
         raise

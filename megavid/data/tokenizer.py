@@ -238,7 +238,7 @@ class WanVaeTokenizer:
         try:
             # local_files_only: a misspelt folder must not turn into a download.
             self._vae: Any = diffusers.AutoencoderKLWan.from_pretrained(
-                str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
             )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder} cannot be read as an AutoencoderKLWan: {error}".splitlines()[0]) from error

@@ -116,7 +116,7 @@ def load_expert_parallel(
     group: Any,
     *,
     inputs: Inputs = "same",
-    torch_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> "MegavidTransformer3DModel":
     """The model of a folder with this rank's experts only, read straight from the files to ``device``.
@@ -125,7 +125,7 @@ def load_expert_parallel(
         folder: as for ``from_pretrained``.
         group: the ranks that share the experts.
         inputs: see ``MegavidTransformer3DModel.shard_experts_``.
-        torch_dtype: of what does not stay fp32.
+        dtype: of what does not stay fp32.
         device: where the weights go.
 
     Raises:
@@ -144,7 +144,7 @@ def load_expert_parallel(
     for name, tensor in _tensors(folder, lambda name: slice(first, first + local) if _is_expert(name) else slice(None)):
         if tensor.is_floating_point():
             stays = any(part in name.split(".") for part in Model._keep_in_fp32_modules)
-            tensor = tensor.to(torch.float32 if stays else torch_dtype)
+            tensor = tensor.to(torch.float32 if stays else dtype)
         state[name] = tensor.to(device)
     try:
         model.load_state_dict(state, strict=True, assign=True)

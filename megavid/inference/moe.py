@@ -2,7 +2,8 @@
 
 Owns parameters and the order route, permute, compute, combine. The choice of experts is ``megavid.ops.moe_math``'s and
 the matrix products are ``megavid.ops.grouped_experts``'s, the same that train. Numbers of rows depend on shapes alone,
-never on what was routed, so nothing here waits for the device and a graph compiler sees one graph.
+never on what was routed, so nothing here waits for the device and a graph compiler sees one graph; experts in eight
+bits are the exception, see ``_one_by_one``.
 """
 
 from typing import NamedTuple, Protocol
@@ -111,8 +112,28 @@ class ExpertMatrix(nn.Module):
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
+class PackedExperts(NamedTuple):
+    """One matrix of every expert in eight bits, and its bias.
+
+    Attributes:
+        bits_eOI: e4m3, uint8.
+        scale_eO: of each row, fp32.
+        bias_eO: or None.
+    """
+
+    bits_eOI: Tensor
+    scale_eO: Tensor
+    bias_eO: Tensor | None
+
+    def expert(self, number: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight [1, O, I] and bias [1, O] of one expert in ``dtype``."""
+        one = slice(number, number + 1)
+        weight = dequantize_rows(self.bits_eOI[one], self.scale_eO[one], dtype)
+        return weight, None if self.bias_eO is None else self.bias_eO[one].to(dtype)
+
+
 class Fp8ExpertMatrix(nn.Module):
-    """``ExpertMatrix`` in eight bits (``megavid.inference.fp8``)."""
+    """``ExpertMatrix`` in eight bits (``megavid.inference.fp8``); a layer has all of its matrices so, or none."""
 
     def __init__(self, matrix: ExpertMatrix) -> None:
         super().__init__()
@@ -121,10 +142,9 @@ class Fp8ExpertMatrix(nn.Module):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = matrix.bias
 
-    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """See ``ExpertMatrix.forward``."""
-        weight = dequantize_rows(self.weight_fp8, self.weight_scale, dtype)
-        return weight, None if self.bias is None else self.bias.to(dtype)
+    def forward(self) -> PackedExperts:
+        """The experts of this rank as they are kept."""
+        return PackedExperts(self.weight_fp8, self.weight_scale, self.bias)
 
 
 class Experts(nn.Module):
@@ -133,12 +153,17 @@ class Experts(nn.Module):
     def __init__(self, moe: MoEConfig, width: int) -> None:
         super().__init__()
         number, hidden, has_bias = moe.num_experts, moe.expert_ffn_size, moe.has_bias
-        self.up = ExpertMatrix(number, width, hidden, has_bias)
-        self.gate = ExpertMatrix(number, width, hidden, has_bias) if moe.activation == "swiglu" else None
-        self.down = ExpertMatrix(number, hidden, width, has_bias)
+        self.up: nn.Module = ExpertMatrix(number, width, hidden, has_bias)
+        is_gated = moe.activation == "swiglu"
+        self.gate: nn.Module | None = ExpertMatrix(number, width, hidden, has_bias) if is_gated else None
+        self.down: nn.Module = ExpertMatrix(number, hidden, width, has_bias)
 
     def forward(self, rows_SD: Tensor, tokens_per_expert: Tensor, gate_S: Tensor) -> Tensor:
         """Outputs times gates of rows sorted by expert, [S, D]."""
+        if isinstance(self.up, Fp8ExpertMatrix):
+            packed = (self.up(), None if self.gate is None else self.gate(), self.down())
+            out_SD: Tensor = _one_by_one(rows_SD, tokens_per_expert, gate_S, *packed)
+            return out_SD
         up, up_bias = self.up(rows_SD.dtype)
         gate, gate_bias = (None, None) if self.gate is None else self.gate(rows_SD.dtype)
         down, down_bias = self.down(rows_SD.dtype)
@@ -151,6 +176,28 @@ class Experts(nn.Module):
 def _untraced_grouped_experts(rows_SD: Tensor, counts: Tensor, weights: ExpertWeights, gate_S: Tensor) -> Tensor:
     """``grouped_experts`` behind a graph break: torch 2.13 traces its grouped product in bf16 only."""
     return grouped_experts(rows_SD, counts, weights, gate_S)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _one_by_one(
+    rows_SD: Tensor, counts: Tensor, gate_S: Tensor, up: PackedExperts, gate: PackedExperts | None, down: PackedExperts
+) -> Tensor:
+    """``grouped_experts`` with the matrices of one expert at a time in full; those of one without rows never are.
+
+    Waits for the device to say how many rows each expert has: what that costs is little beside the memory of all
+    experts of a layer.
+    """
+    outputs = []
+    sizes = counts.tolist()
+    for number, (x_SD, own_S) in enumerate(zip(torch.split(rows_SD, sizes), torch.split(gate_S, sizes), strict=True)):
+        if not sizes[number]:
+            continue
+        up_1MD, up_bias = up.expert(number, rows_SD.dtype)
+        gate_1MD, gate_bias = (None, None) if gate is None else gate.expert(number, rows_SD.dtype)
+        down_1DM, down_bias = down.expert(number, rows_SD.dtype)
+        weights = ExpertWeights(up_1MD, down_1DM, gate_1MD, up_bias, gate_bias, down_bias)
+        outputs.append(grouped_experts(x_SD, counts[number : number + 1], weights, own_S))
+    return torch.cat(outputs) if outputs else torch.empty_like(rows_SD)
 
 
 class SharedExpert(nn.Module):

@@ -96,7 +96,7 @@ def spread_velocity(shape: ModelConfig, inputs: Any, folder: str, fp8: bool) -> 
     """Job: numbers in the weights that this rank holds, and its velocity."""
     group = dist.group.WORLD
     if folder:
-        model = load_expert_parallel(folder, group, inputs=inputs, torch_dtype=torch.float32)
+        model = load_expert_parallel(folder, group, inputs=inputs, dtype=torch.float32)
     else:
         model = random_model(shape)
         if fp8:

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from megavid.config.schema import ModelConfig
 from megavid.errors import ConfigError
@@ -124,7 +125,7 @@ def test_dense_model_equals_diffusers_wan(kind: str, per_token: bool) -> None:
 def test_bf16_keeps_the_fp32_list(tmp_path: Path) -> None:
     model = made(EXPERTS)
     model.save_pretrained(tmp_path)
-    loaded = MegavidTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded = MegavidTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
     kept = {name for name, tensor in loaded.state_dict().items() if tensor.dtype == torch.float32}
     assert {name for name in kept if not name.startswith("blocks.")} == {
@@ -244,7 +245,7 @@ def test_a_model_in_eight_bits_is_near_halves_the_memory_and_is_saved_so(tmp_pat
     with torch.no_grad():
         want = model(call.latents, call.timestep, call.text).sample
         model.save_pretrained(tmp_path / "plain")
-        small = MegavidTransformer3DModel.from_pretrained(tmp_path / "plain", torch_dtype=torch.bfloat16)
+        small = MegavidTransformer3DModel.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
         before = sum(p.nbytes for p in small.blocks.parameters() if p.dtype == torch.bfloat16)
         small.quantize_fp8_()
         after = sum(p.nbytes for n, p in small.blocks.named_parameters() if "fp8" in n or "weight_scale" in n)
@@ -253,10 +254,44 @@ def test_a_model_in_eight_bits_is_near_halves_the_memory_and_is_saved_so(tmp_pat
         assert 0.003 < gap(got, want) < 0.06
         assert small.dtype == torch.bfloat16
         small.save_pretrained(tmp_path / "fp8")
-        loaded = MegavidTransformer3DModel.from_pretrained(tmp_path / "fp8", torch_dtype=torch.bfloat16)
+        loaded = MegavidTransformer3DModel.from_pretrained(tmp_path / "fp8", dtype=torch.bfloat16)
         assert loaded.blocks[1].ffn.experts.up.weight_fp8.dtype == torch.uint8
         assert torch.equal(loaded(call.latents, call.timestep, call.text).sample, got)
         assert loaded.to(torch.float32).blocks[1].ffn.experts.up.weight_fp8.dtype == torch.uint8
+
+
+class Unpacked(TorchFunctionMode):
+    """The largest tensor that is made of eight bits, and how many of experts are."""
+
+    largest = 0
+    number = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to and args[0].dtype == torch.float8_e4m3fn:
+            self.largest = max(self.largest, args[0].numel())
+            self.number += args[0].dim() == 3
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_model_in_eight_bits_unpacks_one_expert_at_a_time() -> None:
+    shape = replace(EXPERTS, moe=replace(EXPERTS.moe, dense_first=0, dense_last=0), num_layers=1, ffn_size=8)
+    model = made(shape).quantize_fp8_()
+    experts = model.blocks[0].ffn.experts
+    one = experts.up.weight_fp8[0].numel()
+    attention = shape.hidden_size**2
+    with Unpacked() as seen, torch.no_grad():
+        experts(torch.randn(6, shape.hidden_size), torch.tensor([4, 0, 2, 0]), torch.ones(6))
+        assert (seen.largest, seen.number) == (one, 2 * 3)  # two experts have rows, of three matrices each
+        velocity(model, shape)
+    assert seen.largest == max(one, attention)
+
+
+def test_a_model_in_eight_bits_compiles_and_gives_the_same() -> None:
+    model = made(replace(EXPERTS, num_layers=3)).quantize_fp8_().to(torch.bfloat16)
+    want = velocity(model)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(backend="aot_eager")
+    assert gap(velocity(model), want) < 1e-3
 
 
 def test_a_model_in_eight_bits_errs_by_its_weights_alone() -> None:
