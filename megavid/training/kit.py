@@ -18,6 +18,7 @@ from megavid.config.schema import RunConfig
 from megavid.data.sample import BadSample, ClipSource, ConditionSpec, Sample, Shape, TextSpec, TokenizerSpec
 from megavid.data.text import SentencePieceEncoder, TextEncoder, spec_of, text_encoder_of_spec
 from megavid.data.tokenizer import VideoTokenizer, tokenizer_of_spec
+from megavid.errors import CheckpointError
 
 KIT = "sampling.json"
 VOCABULARY = "vocabulary.model"
@@ -76,6 +77,12 @@ class SamplingKit:
             CheckpointError: it carries none, or a damaged one.
             DataError: an encoder that is only named is not where it was.
         """
+        if KIT not in checkpoint.manifest.files:
+            raise CheckpointError(
+                f"{checkpoint.folder} carries no {KIT}: its weights come from elsewhere and no run has trained them, "
+                "so nothing says which video tokenizer and text encoder go with them; sample the pipeline they are of, "
+                f"or make one: megavid convert {checkpoint.folder} DST --to diffusers --pipeline BASE"
+            )
         table = decode(read_checked(checkpoint.folder, KIT, checkpoint.manifest), checkpoint.folder / KIT)
         text = from_table(TextSpec, table["text"])
         if text.file == VOCABULARY:

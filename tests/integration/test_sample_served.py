@@ -13,6 +13,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from torch import Tensor
 
+from megavid.checkpoint.convert import open_model, write_model
 from megavid.cli.main import main
 from megavid.cli.sample import main as sample_main
 from megavid.cli.sample import parse
@@ -29,11 +30,13 @@ from tests.support.inference_world import with_moe
 from tests.support.ranks import RankPool
 from tests.support.tiny_pipeline import (
     CHANNELS,
+    IMAGE_WIDTH,
     SIZE,
     TEXT_LENGTH,
     TEXT_WIDTH,
     save_base,
     save_checkpoint,
+    save_image_encoder,
     save_transformer,
 )
 
@@ -81,19 +84,19 @@ def start_noise() -> Tensor:
 
 def frames_of_pipeline(folder: Path, kind: Any = WanPipeline, **options: Any) -> Any:
     """What diffusers serves, [frames, height, width, 3] from 0 to 1."""
-    pipeline = kind.from_pretrained(folder, torch_dtype={"text_encoder": torch.bfloat16, "default": torch.float32})
+    pipeline = kind.from_pretrained(folder, dtype={"text_encoder": torch.bfloat16, "default": torch.float32})
     pipeline.set_progress_bar_config(disable=True)
     result = pipeline(
         prompt=PROMPT, negative_prompt=NEGATIVE, height=SIZE.height, width=SIZE.width, num_frames=SIZE.frames,
-        num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=start_noise(), max_sequence_length=TEXT_LENGTH,
-        **options,
+        num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=start_noise(),
+        **{"max_sequence_length": TEXT_LENGTH, **options},
     )  # fmt: skip
     return result.frames[0]
 
 
 def decoded(base: Path, latents: Tensor) -> Any:
     """Frames of latents, not rounded, by the pipeline's own VAE."""
-    pipeline = WanPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(base, dtype=torch.float32)
     mean, std = (
         torch.tensor(v).view(1, -1, 1, 1, 1)
         for v in (pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std)
@@ -170,9 +173,11 @@ def test_pipeline_and_transformer_alone_give_one_clip_from_the_command_line(fold
     assert sheets[0] == sheets[1]
 
 
-@pytest.mark.parametrize("task", ["i2v", "ti2v"])
+@pytest.mark.parametrize("task", ["i2v", "i2v of 2.1", "i2v of 2.1, short text", "ti2v"])
 def test_a_picture_begins_the_clip_as_in_diffusers(folders: Path, tmp_path: Path, task: str) -> None:
-    """Wan 2.2's ways: mask and known latents in further channels, or the first latent frame clean at timestep 0."""
+    """Mask and known latents in further channels, with CLIP's features too (Wan 2.1) or without, or the first latent
+    frame clean at timestep 0.
+    """
     folder = tmp_path / "pipeline"
     shutil.copytree(folders / "dense" / "pipeline", folder)
     edit(folder / "model_index.json", _class_name="WanImageToVideoPipeline", expand_timesteps=task == "ti2v")
@@ -180,13 +185,30 @@ def test_a_picture_begins_the_clip_as_in_diffusers(folders: Path, tmp_path: Path
         shutil.rmtree(folder / "transformer")
         save_transformer(folder / "transformer", replace(shaped("experts"), in_channels=3 * CHANNELS, task="i2v"))
         edit(folder / "model_index.json", transformer=["megavid.inference", "MegavidTransformer3DModel"])
+    # diffusers' own class takes all before 512 tokens for the picture, so that with a short text ours is written.
+    length = 512 if task == "i2v of 2.1" else TEXT_LENGTH
+    if "2.1" in task:
+        save_image_encoder(folder)
+        known = {"in_channels": 2 * CHANNELS + 4, "task": "i2v", "image_size": IMAGE_WIDTH}
+        save_transformer(tmp_path / "transformer", replace(shaped("dense"), text_length=length, **known))
+        shutil.rmtree(folder / "transformer")
+        write_model(open_model(tmp_path / "transformer"), folder / "transformer", to="diffusers")
+        kind = "WanTransformer3DModel" if length == 512 else "MegavidTransformer3DModel"
+        edit(folder / "model_index.json", transformer=["diffusers" if length == 512 else "megavid.inference", kind])
+        assert json.loads((folder / "transformer" / "config.json").read_text())["_class_name"] == kind
     picture = np.random.default_rng(0).integers(0, 256, (SIZE.height, SIZE.width, 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
-    want = frames_of_pipeline(folder, WanImageToVideoPipeline, image=Image.fromarray(picture))
+    want = frames_of_pipeline(
+        folder, WanImageToVideoPipeline, image=Image.fromarray(picture), max_sequence_length=length
+    )
     frames = decoded(folders / "base", served_latents(folder, "--image", str(tmp_path / "picture.png")))
     assert np.abs(frames - want).max() < PIXEL
     other = decoded(folders / "base", served_latents(folder, "--image", str(grey_picture(tmp_path))))
     assert np.abs(other - want).max() > 2 * PIXEL
+    if task == "i2v of 2.1":
+        shutil.rmtree(folder / "image_encoder")
+        with pytest.raises(MegavidError, match=r"has an image branch; pass its image encoder: --image-encoder DIR"):
+            served_latents(folder, "--image", str(tmp_path / "picture.png"))
 
 
 def grey_picture(folder: Path) -> Path:
@@ -200,12 +222,15 @@ def test_pictures_that_the_model_does_not_read_are_refused(folders: Path, tmp_pa
         sample_main([*argv, "--image", str(grey_picture(tmp_path))])
 
 
-def test_the_block_of_the_page_serves_a_folder(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_the_block_of_the_page_serves_a_folder(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
     block = page.partition("```python\n")[2].partition("```")[0]
     given = 'folder, size = "served", {"height": 480, "width": 832, "num_frames": 81}'
     assert given in block
-    tiny = f"folder, size = {str(folders / 'experts' / 'pipeline')!r}, {{'height': 32, 'width': 48, 'num_frames': 5}}"
+    tiny = f"folder, size = {str(folders / name / 'pipeline')!r}, {{'height': 32, 'width': 48, 'num_frames': 5}}"
     monkeypatch.chdir(tmp_path)
     exec(compile(block.replace(given, tiny).replace("steps=30", "steps=2"), "docs/inference.md", "exec"), {})
     assert (tmp_path / "ball.gif").stat().st_size > 0

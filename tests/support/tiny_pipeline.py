@@ -1,5 +1,6 @@
 """A pipeline of diffusers small enough to run in a second: its own classes with random weights, saved to a folder."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from megavid.checkpoint.convert import open_model, write_model
 from megavid.config.schema import ModelConfig
@@ -17,7 +25,7 @@ from megavid.inference import MegavidTransformer3DModel
 from megavid.training.kit import ClipSize, SamplingKit
 
 WORDS = ("a", "red", "blue", "ball", "moves", "left", "right", "ugly")
-CHANNELS, TEXT_WIDTH, TEXT_LENGTH = 4, 16, 12
+CHANNELS, TEXT_WIDTH, TEXT_LENGTH, IMAGE_WIDTH = 4, 16, 12, 24
 SIZE = ClipSize(frames=5, height=32, width=48, frame_rate=16.0)
 SHIFT = 3.0
 
@@ -49,6 +57,22 @@ def save_base(folder: Path) -> None:
         vae=vae.eval(),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
     ).save_pretrained(folder)
+
+
+def save_image_encoder(folder: Path) -> None:
+    """Give the pipeline in ``folder`` a CLIP vision model that sees 257 tokens of a picture, as Wan 2.1's does."""
+    torch.manual_seed(12)
+    shape = CLIPVisionConfig(
+        hidden_size=IMAGE_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+        patch_size=2,
+    )  # fmt: skip
+    CLIPVisionModel(shape).eval().save_pretrained(folder / "image_encoder")
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(folder / "image_processor")
+    file = folder / "model_index.json"
+    parts = {"image_encoder": "CLIPVisionModel", "image_processor": "CLIPImageProcessor"}
+    named = {name: ["transformers", kind] for name, kind in parts.items()}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **named}))
 
 
 def save_transformer(folder: Path, model: ModelConfig, seed: int = 0) -> None:

@@ -151,6 +151,15 @@ def test_config_that_says_otherwise_is_refused(tmp_path: Path, key: str, value: 
     refused(src, tmp_path / "dst", match)
 
 
+def test_a_short_text_beside_a_picture_is_not_written_for_classes_that_have_no_word_for_it(tmp_path: Path) -> None:
+    source = open_model(save_wan(tmp_path / "src", "i2v of 2.1", image_dim=1280))
+    short = replace(source, run=replace(source.run, model=replace(source.config, text_length=77)))
+    with pytest.raises(ConfigError, match="no image branch beside text_length = 77, only beside 512; use --to diff"):
+        write_model(short, tmp_path / "dst", to="original")
+    write_model(short, tmp_path / "dst", to="diffusers")
+    assert json.loads((tmp_path / "dst/config.json").read_text())["_class_name"] == "MegavidTransformer3DModel"
+
+
 def flip(path: Path, place: int) -> None:
     with open(path, "r+b") as file:
         file.seek(place)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from megavid.checkpoint.convert import LazyTensor, open_model, write_model
+from megavid.checkpoint.convert import LazyTensor, open_model, pipeline, write_model
 from megavid.checkpoint.convert.job import ConvertJob, ConvertRequest
 from megavid.checkpoint.convert.tables import INFERENCE, KEPT_FP32, expected_tensors, links, matches, to_model_space
 from megavid.errors import ConfigError
@@ -70,6 +70,39 @@ def test_two_experts_there_and_back_keep_their_boundary(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is told twice"):
         convert(high, tmp_path / "wrong", "diffusers", second=str(low), boundary=0.9)
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "match"),
+    [
+        ("t2v", {"num_layers": 3}, r"num_layers = 2 in \S+high, 3 in \S+low"),
+        ("t2v", {"ffn_dim": 48}, r"ffn_dim = 96 in \S+high, 48 in \S+low"),
+        ("i2v of 2.2", {}, r"in_channels = 16 in \S+high, 36 in \S+low"),
+    ],
+)
+def test_experts_of_two_shapes_are_no_pair(tmp_path: Path, variant: str, options: dict[str, Any], match: str) -> None:
+    save_wan(tmp_path / "high"), save_wan(tmp_path / "low", variant, **options)
+    with pytest.raises(ConfigError, match=f"different models: {match}"):
+        convert(tmp_path / "high", tmp_path / "dst", "diffusers", second=str(tmp_path / "low"), boundary=0.9)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_experts_of_two_families_are_no_pair(tmp_path: Path) -> None:
+    for name, family in (("high", "wan"), ("low", "wan_moe")):
+        MegavidTransformer3DModel.of_model(tiny_config(family).model).save_pretrained(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"different models: family = 'wan' in \S+high, 'wan_moe' in \S+low"):
+        convert(tmp_path / "high", tmp_path / "dst", "diffusers", second=str(tmp_path / "low"), boundary=0.9)
+
+
+def test_runs_that_train_their_router_differently_are_a_pair(tmp_path: Path) -> None:
+    MegavidTransformer3DModel.of_model(tiny_config("wan_moe").model).save_pretrained(tmp_path / "src")
+    source = open_model(tmp_path / "src")
+    for name, rate in (("high", 1e-3), ("low", 1e-2)):
+        moe = replace(source.config.moe, bias_update_rate=rate)
+        run = replace(source.run, model=replace(source.config, moe=moe))
+        write_model(replace(source, run=run), tmp_path / name, to="megavid")
+    convert(tmp_path / "high", tmp_path / "dst", "diffusers", second=str(tmp_path / "low"), boundary=0.9)
+    assert (tmp_path / "dst" / "transformer_2").is_dir()
 
 
 def test_interrupted_pipeline_does_not_write_a_finished_expert_again(tmp_path: Path) -> None:
@@ -146,19 +179,28 @@ def test_parts_lie_in_the_pipeline(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "pipe").exists()
 
 
-def test_changed_base_is_copied_anew(tmp_path: Path) -> None:
+def test_changed_base_is_copied_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_wan(tmp_path / "src")
     base = make_base(tmp_path / "base")
     request = ConvertRequest(tmp_path / "src", tmp_path / "pipe", "diffusers", "convert", base=str(base))
 
-    def stop(source: object, folder: Path) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        ConvertJob.of(request).run(check=stop)
-    (base / "vae" / "big.bin").write_bytes(b"other")
+    copied = tmp_path / "pipe.partial/vae/big.bin"
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "write_index", stop)  # when everything is copied
+        with pytest.raises(KeyboardInterrupt):
+            ConvertJob.of(request).run()
+        (base / "vae" / "big.bin").write_bytes(b"other")
+        with pytest.raises(KeyboardInterrupt):
+            ConvertJob.of(request).run()
+        assert copied.read_bytes() == b"other"
+    times = (base / "vae" / "big.bin").stat()
+    (base / "vae" / "big.bin").write_bytes(b"anoth")  # of the same size, and the same time
+    os.utime(base / "vae" / "big.bin", ns=(times.st_atime_ns, times.st_mtime_ns))
     ConvertJob.of(request).run()
-    assert (tmp_path / "pipe/vae/big.bin").read_bytes() == b"other"
+    assert (tmp_path / "pipe/vae/big.bin").read_bytes() == b"anoth"
 
 
 @pytest.mark.parametrize(

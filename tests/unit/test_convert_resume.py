@@ -153,6 +153,21 @@ def test_changed_source_begins_anew(tmp_path: Path) -> None:
     assert_same_files(tmp_path / "dst", src)
 
 
+def test_changed_source_of_the_same_size_and_time_begins_anew(tmp_path: Path) -> None:
+    src = save_wan(tmp_path / "src")
+    killed_at(src, tmp_path / "dst", "diffusers", 200_000)
+    (file,) = src.glob("*.safetensors")
+    times = file.stat()
+    content = bytearray(file.read_bytes())
+    length = 8 + int.from_bytes(content[:8], "little")
+    content[length + 3] ^= 1  # in a tensor that was written already
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    write_model(open_model(src), tmp_path / "dst", to="diffusers", max_shard_bytes=60_000)
+    assert_same_files(tmp_path / "dst", src)
+
+
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

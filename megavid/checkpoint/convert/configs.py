@@ -28,6 +28,7 @@ CLASSES: dict[str, Layout] = {
 _ROPE_LENGTH = 1024
 _QK_NORM = "rms_norm_across_heads"
 _IMAGE_LENGTH = 257  # tokens of one picture
+_TEXT_LENGTH = 512  # beside an image branch the classes of others take all but the last 512 tokens for the picture
 _FRAME_RATES = {"ti2v": 6.0}  # Wan 2.2's 5B model is of 24 frames a second, all others of 16; 4 in a latent frame
 _ORIGINAL_IMAGE_SIZE = 1280
 _ORIGINAL_TEXT_SIZE = 4096
@@ -78,7 +79,7 @@ def layout_of_class(fields: Mapping[str, Any], where: str) -> Layout:
         CheckpointError: of a class that is not converted.
     """
     name = fields.get("_class_name", "WanModel" if "dim" in fields else None)
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise CheckpointError(f"{where} is of a {name}; convert reads {', '.join(CLASSES)}")
     return CLASSES[name]
 
@@ -106,6 +107,17 @@ def model_of(
         raise CheckpointError(f"{where}: {error}") from error
 
 
+def beyond_wan(model: ModelConfig) -> str:
+    """What the model has that neither diffusers' class nor the original one has; "" for nothing."""
+    if model.family != "wan":
+        return "experts"
+    if model.absolute_positions:
+        return "absolute_positions"
+    if model.image_size and model.text_length != _TEXT_LENGTH:
+        return f"image branch beside text_length = {model.text_length}, only beside {_TEXT_LENGTH}"
+    return ""
+
+
 def config_json(model: ModelConfig, layout: Layout) -> dict[str, Any]:
     """The config.json of ``model`` in a layout.
 
@@ -116,9 +128,8 @@ def config_json(model: ModelConfig, layout: Layout) -> dict[str, Any]:
         return _original_json(model)
     diffusers = _diffusers_json(model)
     if layout == "diffusers":
-        for what, is_there in (("experts", model.family != "wan"), ("absolute_positions", model.absolute_positions)):
-            if is_there:
-                raise ConfigError(f"diffusers' WanTransformer3DModel has no {what}; the inference class has")
+        if what := beyond_wan(model):
+            raise ConfigError(f"diffusers' WanTransformer3DModel has no {what}; the inference class has")
         return diffusers
     experts = asdict(model.moe)
     moe = {key: experts[name] for key, name in _EXPERTS.items()}
@@ -240,10 +251,9 @@ def _of_original(
 
 
 def _original_json(model: ModelConfig) -> dict[str, Any]:
-    if model.family != "wan" or model.absolute_positions:
+    if what := beyond_wan(model):
         raise ConfigError(
-            f"--to original: the original layout holds dense Wan models, this is {model.family}"
-            f"{' with absolute positions' if model.absolute_positions else ''}; use --to diffusers"
+            f"--to original: the original layout holds dense Wan models, it has no {what}; use --to diffusers"
         )
     if model.image_size not in (0, _ORIGINAL_IMAGE_SIZE):
         raise ConfigError(

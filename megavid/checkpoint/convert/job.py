@@ -15,6 +15,7 @@ import torch
 
 from megavid.checkpoint.convert import pipeline
 from megavid.checkpoint.convert.adapter import open_adapter
+from megavid.checkpoint.convert.configs import config_json
 from megavid.checkpoint.convert.journal import open_lock
 from megavid.checkpoint.convert.pipeline import EXPERTS, ORIGINAL_EXPERTS
 from megavid.checkpoint.convert.shards import OpenFiles, open_shards
@@ -30,6 +31,7 @@ from megavid.checkpoint.convert.write import (
     storage_errors,
     write_model,
 )
+from megavid.config.schema import ModelConfig, MoEConfig
 from megavid.errors import ConfigError
 
 Check = Callable[[ModelSource, Path], None]
@@ -105,6 +107,7 @@ class ConvertJob:
             sources = [sources[0].with_adapter(adapter, request.lora_scale)]
         boundary = None
         if len(sources) == 2:
+            _refuse_unlike(sources)
             boundary = _boundary(request, sources)
             sources = [_within(sources[0], sigma_min=boundary), _within(sources[1], sigma_max=boundary)]
         names = ORIGINAL_EXPERTS if request.to == "original" else EXPERTS
@@ -232,6 +235,24 @@ def _refuse_unread(request: ConvertRequest, sources: Sequence[ModelSource]) -> N
         raise ConfigError("--dtype and --dtype-of exclude each other")
     if request.keep_optimizer and request.dtype is not None:
         raise ConfigError("--optimizer goes with the weights as stored; leave --dtype out")
+
+
+def _refuse_unlike(sources: Sequence[ModelSource]) -> None:
+    """Raise ``ConfigError`` for two experts that are not of one shape, which no published pair is."""
+    high, low = (_computed(source.config) for source in sources)
+    key = next((key for key in high if high[key] != low[key]), None)
+    if key is not None:
+        raise ConfigError(
+            f"the two experts are different models: {key} = {high[key]!r} in {sources[0].path}, {low[key]!r} in "
+            f"{sources[1].path}; a pipeline switches between two of one shape"
+        )
+
+
+def _computed(model: ModelConfig) -> dict[str, Any]:
+    """What decides what a model computes; how its router is trained does not."""
+    shown = model if model.family == "wan_moe" else replace(model, moe=MoEConfig())
+    image_length = model.image_length if model.image_size else 0
+    return {**config_json(shown, "inference"), "task": model.task, "image_length": image_length}
 
 
 def _boundary(request: ConvertRequest, sources: Sequence[ModelSource]) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavid.checkpoint.convert.configs import beyond_wan
 from megavid.checkpoint.files import reading, sync_folder, write_file
 from megavid.checkpoint.manifest import decode
 from megavid.config.schema import ModelConfig
@@ -146,11 +147,10 @@ def _is_named(index: Mapping[str, Any], name: str) -> bool:
 
 
 def base_identity(base: Path) -> list[Any]:
-    """What the parts that are copied are told apart by: every file's name, size and time."""
+    """What the parts that are copied are told apart by: every file's name, size and times."""
     parts = [base / PIPELINE, *(path for name in _copied(base_parts(base)) for path in (base / name).rglob("*"))]
-    return sorted(
-        [str(path.relative_to(base)), path.stat().st_size, path.stat().st_mtime_ns] for path in parts if path.is_file()
-    )
+    facts = [(str(path.relative_to(base)), path.stat()) for path in parts if path.is_file()]
+    return sorted([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in facts)
 
 
 def write_shift(folder: Path, shift: float) -> None:
@@ -168,9 +168,9 @@ def _class_of(task: str) -> str:
 
 
 def _library_of(model: ModelConfig) -> tuple[str, str]:
-    if model.family == "wan" and not model.absolute_positions:
-        return "diffusers", "WanTransformer3DModel"
-    return "megavid.inference", "MegavidTransformer3DModel"
+    if beyond_wan(model):
+        return "megavid.inference", "MegavidTransformer3DModel"
+    return "diffusers", "WanTransformer3DModel"
 
 
 def copy_parts(base: Path, index: Mapping[str, Any], dst: Path) -> None:

@@ -144,7 +144,7 @@ def open_file(path: Path, files: OpenFiles) -> dict[str, LazyTensor]:
     entries = sorted(header.items(), key=lambda item: _offsets(item[0], item[1], path))
     for key, entry in entries:
         start, stop = _offsets(key, entry, path)
-        dtype, shape = DTYPES.get(entry.get("dtype")), entry.get("shape")
+        dtype, shape = DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
         if dtype is None or not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise CheckpointError(f"{path}: tensor {key} has dtype {entry.get('dtype')}, shape {shape}: not readable")
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:

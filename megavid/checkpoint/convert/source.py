@@ -48,7 +48,7 @@ from megavid.config.schema import (
     PrecisionConfig,
     RunConfig,
 )
-from megavid.errors import CheckpointError
+from megavid.errors import CheckpointError, ConfigError
 
 CONFIG = "config.json"
 TABLES: dict[Layout, tuple[Row, ...]] = {"diffusers": DIFFUSERS, "inference": INFERENCE, "original": ORIGINAL}
@@ -164,9 +164,17 @@ def _open_folder(path: Path) -> ModelSource:
         model=model,
         precision=PrecisionConfig(dtype=_precision(tensors)),
         optimizer=OptimizerConfig(ema_decay=0.0),
-        diffusion=DiffusionConfig(**{**(record.diffusion if record else {}), **around.diffusion}),
+        diffusion=_diffusion({**(record.diffusion if record else {}), **around.diffusion}, path),
     )
     return ModelSource(run, tensors, path, layout, ledger, identity=_identity(path, ["*.safetensors", "*.json"]))
+
+
+def _diffusion(table: dict[str, Any], path: Path) -> DiffusionConfig:
+    """What stands beside the weights of noise levels; raises ``CheckpointError`` for what cannot be."""
+    try:
+        return from_table(DiffusionConfig, table, "diffusion")
+    except ConfigError as error:
+        raise CheckpointError(f"{path / RECORD}: {error}") from error
 
 
 def open_checkpoint(folder: Path, weights: str) -> ModelSource:
@@ -266,7 +274,9 @@ def _precision(tensors: Mapping[str, LazyTensor]) -> Any:
 
 
 def _identity(folder: Path, patterns: list[str]) -> str:
-    """A digest of the names, sizes and times of a source's files."""
+    """A digest of the names, sizes and times of a source's files; the time of the last change of any kind, which
+    nobody can set back, is among them.
+    """
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in files]
     return hashlib.sha256(json.dumps([str(folder.resolve()), facts]).encode()).hexdigest()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megavid import __version__
-from megavid.checkpoint.convert.configs import Layout
+from megavid.checkpoint.convert.configs import Layout, beyond_wan
 from megavid.checkpoint.convert.journal import JOURNAL, SYNC_BYTES, InUseError, Journal, open_journal
 from megavid.checkpoint.convert.lazy import BLOCK_BYTES, LazyTensor
 from megavid.checkpoint.convert.ledger import HashThread, bytes_of
@@ -98,8 +98,7 @@ def write_model(
 def layout_for(source: ModelSource, to: str) -> Layout:
     """The layout that ``--to`` means for this model."""
     if to == "diffusers":
-        is_plain = source.config.family == "wan" and not source.config.absolute_positions
-        return "diffusers" if is_plain else "inference"
+        return "inference" if beyond_wan(source.config) else "diffusers"
     if to == "original":
         return "original"
     if to == "megavid":
