@@ -1,11 +1,12 @@
-"""Memory and speed of ``megavid convert`` on a checkpoint of 2 GB, beside cp and sha256sum on the same disk.
+"""Memory and speed of ``megavid convert`` and ``upcycle`` on a checkpoint of 2 GB, beside cp and sha256sum on its disk.
 
     python tools/bench_convert.py [--folder DIR] [--gigabytes 2]
 
 Writes a dense Wan model of random bf16 weights in diffusers' layout into DIR, then takes turns: ``cp`` and
 ``sha256sum`` of its files, and conversions, each in a process of its own. Prints bytes per second (hashes included) and
-the peak of resident memory above an interpreter that has imported the same modules. cp leaves its bytes in the page
-cache; convert returns when they are on the disk, so cp is also timed with a sync.
+the peak of resident memory above an interpreter that has imported the same modules. Upcycling (eight experts of two
+copies of the feed-forward) writes more than it reads; its speed is that of what it writes. cp leaves its bytes in the
+page cache; convert returns when they are on the disk, so cp is also timed with a sync.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import json, sys, time
 from pathlib import Path
 from megavid.checkpoint.convert import open_model, write_model
 from megavid.checkpoint.convert import verify
+from megavid.checkpoint.upcycle import Upcycling, upcycled
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -32,10 +34,18 @@ base = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
 began = time.perf_counter()
 if len(sys.argv) > 1:
-    write_model(open_model(Path(sys.argv[1])), Path(sys.argv[2]), to=sys.argv[3])
+    model, to = open_model(Path(sys.argv[1])), sys.argv[3]
+    if to == "upcycled":
+        model, to = upcycled(model, Upcycling(num_experts=8, top_k=4, granularity=4)), "megavid"
+    write_model(model, Path(sys.argv[2]), to=to)
 print(json.dumps({"seconds": time.perf_counter() - began, "base": base, "peak": resident("VmHWM")}))
 """
-WAYS = (("diffusers", "source", "megavid"), ("megavid", "a", "diffusers"), ("diffusers", "source", "original"))
+WAYS = (
+    ("diffusers", "source", "megavid"),
+    ("megavid", "a", "diffusers"),
+    ("diffusers", "source", "original"),
+    ("diffusers", "source", "upcycled"),
+)
 
 
 def make_source(folder: Path, gigabytes: float) -> None:
@@ -107,7 +117,8 @@ def compare(folder: Path, size: int) -> None:
         target = folder / ("a" if to == "megavid" else "b")
         told = convert(str(folder / start), str(target), to)
         above = (told["peak"] - told["base"]) / 1e6
-        speed = size / told["seconds"] / 1e6
+        written = sum(path.stat().st_size for path in target.iterdir())
+        speed = written / told["seconds"] / 1e6
         print(
             f"  {layout} to {to}: {told['seconds']:.2f} s, {speed:.0f} MB/s, {speed / rate:.2f} of cp + sha256sum; "
             f"peak {above:.0f} MB above the interpreter's {told['base'] / 1e6:.0f} MB"
