@@ -307,6 +307,9 @@ class LogConfig:
     log.interval_steps; empty for none."""
     validation_interval_steps: int = 0
     """Steps between validation losses on the held-out clips; 0 for none."""
+    routing_interval_steps: int = 0
+    """Steps between records of the experts of every token, DIR/routing, for megavid replay --routing recorded; 0 for
+    none."""
     worst_samples: int = 0
     """Clips with the highest loss to name in events.jsonl at each checkpoint; 0 for none."""
     sample_interval_steps: int = 0
@@ -326,6 +329,7 @@ class LogConfig:
             "log",
             0,
             validation_interval_steps=self.validation_interval_steps,
+            routing_interval_steps=self.routing_interval_steps,
             worst_samples=self.worst_samples,
         )
 

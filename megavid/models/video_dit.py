@@ -154,12 +154,15 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
     def _token_info(self, inputs: ModelInput, row_tB: Tensor, aux_scale: float) -> TokenInfo:
         clip_tB = self._own_tokens(clip_index(inputs.packs, inputs.span).to(row_tB.device).t())
         lengths = [clip.tokens for pack in inputs.packs for clip in pack.clips]
+        own = self.mesh.coordinate("tp") if self.mesh.is_sequence_parallel else 0
         return TokenInfo(
             clip_T=clip_tB.reshape(-1),
             bucket_T=noise_bucket(inputs.timestep_R / 1000.0)[row_tB.reshape(-1)],
             num_clips=len(lengths),
             tokens_of_clip_G=torch.tensor(lengths, device=row_tB.device),
             aux_scale=aux_scale,
+            draw_B=tuple(pack.clips[0].draw if pack.clips else -1 for pack in inputs.packs),
+            first_token=inputs.span.start + own * len(clip_tB),
         )
 
     def _prompts(self, inputs: ModelInput) -> Prompts:

@@ -20,6 +20,7 @@ from megavid.training.callbacks import (
 )
 from megavid.training.prometheus import PrometheusFile
 from megavid.training.reports import LossPlot, PictureGrid, Validation
+from megavid.training.routing_record import RoutingLog
 from megavid.training.slow import SlowRanks
 from megavid.training.wandb_log import WandbLog, check_wandb
 
@@ -39,6 +40,8 @@ def build_callbacks(run: Run) -> Callbacks:
         if log.prometheus:
             entries.append((PrometheusFile(Path(log.prometheus)), log.interval_steps))
         entries.append((Terminal(), log.interval_steps))
+    if log.routing_interval_steps:
+        entries.append((RoutingLog(log.routing_interval_steps, run.config.model.moe.num_experts), 1))
     if log.validation_interval_steps:
         entries.append((Validation(), log.validation_interval_steps))
     if log.sample_interval_steps:
@@ -57,12 +60,17 @@ def check_reports(config: RunConfig) -> None:
     """Refuse reports that could never come, before anything runs.
 
     Raises:
-        ConfigError: validation or held-out captions without held-out clips.
+        ConfigError: validation or held-out captions without held-out clips, or routing without experts.
     """
     log = config.log
     check_wandb(log.wandb_project)
     if log.prometheus and not Path(log.prometheus).parent.is_dir():
         raise ConfigError(f"log.prometheus = {log.prometheus!r}: its folder does not exist; make it, or name another")
+    if log.routing_interval_steps and config.model.family != "wan_moe":
+        raise ConfigError(
+            f"log.routing_interval_steps = {log.routing_interval_steps} needs experts, but model.family = "
+            f"'{config.model.family}'; set it to 0"
+        )
     if config.data.validation_samples:
         return
     if log.validation_interval_steps:

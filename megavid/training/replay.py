@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megavid.checkpoint import Checkpoint, list_steps, resolve
-from megavid.checkpoint.format import step_name
+from megavid.checkpoint.format import step_name, step_of
 from megavid.config.schema import RunConfig
 from megavid.data.build import build_source, build_text_encoder
 from megavid.data.loader import Loader
@@ -26,6 +26,7 @@ from megavid.plan.layout import Layout
 from megavid.training.loop import agreed_base, load_or_initialize
 from megavid.training.metrics import read_rows
 from megavid.training.resume import config_of
+from megavid.training.routing_record import RecordedRouting
 from megavid.training.run_dir import RunDir, Start
 from megavid.training.state import TrainState
 from megavid.training.step import StepReport, TrainStep
@@ -101,6 +102,22 @@ def steps_of_run(checkpoints: Path) -> list[int]:
     return [step for step, state in states.items() if step in later or state.is_before(newest)]
 
 
+def routing_of(folder: Path, step: int) -> Path:
+    """Where a run has recorded its routing.
+
+    Raises:
+        DataError: not that of ``step``.
+    """
+    routing = RunDir(folder).routing
+    if not (routing / step_name(step)).is_dir():
+        there = sorted(step_of(path.name) or 0 for path in routing.glob("step_*[0-9]"))
+        raise DataError(
+            f"{routing} has no record of step {step}; there are those of steps: {', '.join(map(str, there)) or 'none'} "
+            "(log.routing_interval_steps)"
+        )
+    return routing
+
+
 def _figure(value: object) -> float | None:
     return value if isinstance(value, float) else None
 
@@ -115,8 +132,10 @@ def replay_rank(
     layout: Layout,
     device: Device,
     what: Recorded,
-    finish: Callable[[Sequence[StepReport]], None],
+    finish: Callable[[Sequence[StepReport], str], None],
     env: RankEnv,
+    *,
+    routing: Path | None = None,
 ) -> None:
     """Take the steps up to the recorded one as one rank; rank 0 gives their reports to ``finish``.
 
@@ -125,20 +144,37 @@ def replay_rank(
         layout: of the world that ``env`` names.
         device: where tensors live.
         what: the step.
-        finish: called on rank 0.
+        finish: called on rank 0, with a line on the routing.
         env: who this rank is.
+        routing: the run's record of it, to be forced; None where routers choose for themselves.
     """
     with contextlib.ExitStack() as stack:
         init_distributed(env, device, config.watchdog.longest_s + 60.0)
         stack.callback(dist.destroy_process_group)
         mesh = stack.enter_context(Mesh.open(layout, device, config.train.seed))
-        reports = take_steps(config, mesh, what)
+        forced: list[RecordedRouting] = []
+
+        def force(engine: Any) -> None:
+            if routing is not None:
+                forced.append(RecordedRouting(engine, routing))
+
+        def before_step(step: int) -> None:
+            for recorded_routing in forced:
+                recorded_routing.begin(step)
+
+        reports = take_steps(config, mesh, what, on_engine=force, before_step=before_step)
+        told = forced[0].summary() if forced else ""
         if mesh.is_main:
-            finish(reports)
+            finish(reports, told)
 
 
 def take_steps(
-    config: RunConfig, mesh: Mesh, what: Recorded, *, on_engine: Callable[[Any], None] = lambda engine: None
+    config: RunConfig,
+    mesh: Mesh,
+    what: Recorded,
+    *,
+    on_engine: Callable[[Any], None] = lambda engine: None,
+    before_step: Callable[[int], None] = lambda step: None,
 ) -> list[StepReport]:
     """The reports of the steps from the checkpoint to the recorded one; the last is the recorded one's.
 
@@ -147,6 +183,7 @@ def take_steps(
         mesh: open.
         what: the step.
         on_engine: called with the engine, its weights loaded.
+        before_step: called with the number of each step.
 
     Ranks: collective.
     """
@@ -162,17 +199,33 @@ def take_steps(
         config, source, build_text_encoder(config), dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
         start_step=state.data_step + 1, state=loader_state, drops_caption=objective.drops_caption,
     )  # fmt: skip
+    reports = []
     with loader:
-        return [take_step(state, next(loader), 0.0) for _ in range(state.step, what.step)]
+        while state.step < what.step:
+            before_step(state.step + 1)
+            reports.append(take_step(state, next(loader), 0.0))
+    return reports
 
 
-def compare(what: Recorded, report: StepReport, layout: str) -> tuple[bool, list[str]]:
-    """Whether the step is the recorded one, bit for bit in its layout and by law 1 in another; and lines to print."""
-    is_same_layout = layout == what.layout
+def compare(what: Recorded, report: StepReport, layout: str, config: RunConfig, routing: str) -> tuple[bool, list[str]]:
+    """Whether the step is the recorded one, bit for bit in its layout and by law 1 in another; and lines to print.
+
+    Args:
+        what: the recorded step.
+        report: the same step, taken again.
+        layout: that it was taken in.
+        config: that it was taken with: in another precision the gap is told, not judged.
+        routing: a line on forced routing; "" for none.
+    """
+    dtype, was_dtype = config.precision.dtype, what.config.precision.dtype
+    is_same_math = dtype == was_dtype
+    is_same_layout = layout == what.layout and is_same_math
     lines = [
         f"step        {what.step}, from {what.checkpoint.name if what.checkpoint else 'the beginning of the run'}",
-        f"layout      {layout}" + ("" if is_same_layout else f"; the run's was {what.layout}"),
+        f"layout      {layout}" + ("" if layout == what.layout else f"; the run's was {what.layout}"),
     ]
+    lines += [f"precision   {dtype}; the run's was {was_dtype}"] if dtype != was_dtype else []
+    lines += [f"routing     {routing}"] if routing else []
     is_good = True
     for name, was, now in (("loss", what.loss, report.loss), ("grad_norm", what.grad_norm, report.grad_norm)):
         if was is None:
@@ -183,6 +236,6 @@ def compare(what: Recorded, report: StepReport, layout: str) -> tuple[bool, list
         else:
             gap = abs(now - was) / abs(was)
             verdict = f"recorded {was!r}: {gap:.1e} apart"
-            is_good &= not is_same_layout and gap <= (LAW if name == "loss" else 10 * LAW)
+            is_good &= not is_same_layout and (not is_same_math or gap <= (LAW if name == "loss" else 10 * LAW))
         lines.append(f"{name:<11} {now!r}  {verdict}")
     return is_good, lines

@@ -70,6 +70,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.pictures = path / "samples"
         self.hangs = path / "hangs"
+        self.routing = path / "routing"
         self.fence = Fence()
         self.loss_plot = path / "loss.png"
 

@@ -12,12 +12,12 @@ from tests.support.warm_parent import WarmParent
 
 @pytest.fixture(scope="module")
 def finished(warm: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps on two ranks, checkpoints of steps 4 and 6 kept."""
+    """Six steps on two ranks, checkpoints of steps 4 and 6 kept, routing of steps 3 and 6 recorded."""
     out = tmp_path_factory.mktemp("finished") / "run"
     done = warm.run(
         "train", "tiny", "--out", str(out), *TINY, "--ranks", "2", "--parallel.expert", "2",
         "--train.global_batch_size", "2", "--train.steps", "6", "--checkpoint.interval_steps", "2",
-        "--checkpoint.keep_last", "2",
+        "--checkpoint.keep_last", "2", "--log.routing_interval_steps", "3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out
@@ -43,6 +43,19 @@ def test_other_layout_agrees_within_the_law(warm: WarmParent, finished: Path) ->
     assert "; the run's was dp2" in done.stdout
 
 
+def test_recorded_routing_is_forced_in_any_layout_and_precision(warm: WarmParent, finished: Path) -> None:
+    assert sorted(path.name for path in (finished / "routing").iterdir()) == ["step_00000003", "step_00000006"]
+    replay = ("replay", str(finished), "--step", "6", "--routing", "recorded")
+    same = warm.run(*replay)
+    assert same.returncode == 0, same.stderr
+    assert "routing     recorded, of 1 steps; 0 of " in same.stdout
+    assert same.stdout.count("bitwise the recorded one") == 2
+    other = warm.run(*replay, "--ranks", "1", "--parallel.expert", "1", "--precision.dtype", "bf16")
+    assert other.returncode == 0, other.stderr
+    assert "precision   bf16; the run's was fp32" in other.stdout
+    assert "routing     recorded, of 1 steps; 0 of " not in other.stdout  # bf16 would have flipped some
+
+
 def test_step_that_comes_out_otherwise_is_told(warm: WarmParent, finished: Path) -> None:
     file = finished / "metrics.jsonl"
     content = file.read_text()
@@ -61,7 +74,9 @@ def test_step_that_comes_out_otherwise_is_told(warm: WarmParent, finished: Path)
     [
         (("--step", "9"), "has no step 9"),
         ((), "replay needs a run's folder and --step N"),
-        (("--step", "2", "--train.seed", "1"), "only --parallel.* may be given"),
+        (("--step", "2", "--train.seed", "1"), "only --parallel.* and --precision.* may be given"),
+        (("--step", "2", "--routing", "recorded"), "has no record of step 2; there are those of steps: 3, 6"),
+        (("--step", "3", "--routing", "other"), "must be recorded"),
         (("--step", "2", "--ranks", "3"), "must"),
     ],
 )

@@ -25,6 +25,9 @@ from megavid.config.schema import MoEConfig
 from megavid.models.moe.tokens import TokenInfo
 from megavid.ops import moe_math
 
+OnChoice = Callable[[Tensor, TokenInfo], Tensor]
+"""Sees what a router chose, experts [T, K] or with expert choice the map [T, E], and gives what it is to choose."""
+
 
 class Routing(NamedTuple):
     """What a router decided for this rank's tokens.
@@ -70,6 +73,9 @@ class Router(nn.Module):
         self.is_forced = False
         """Balance by round robin instead of by score. Not training: a profile sets it to tell what balance would give.
         """
+        self.on_choice: OnChoice | None = None
+        """Told of every choice, and may replace it: a run records its routing, and a replay forces what was recorded.
+        """
 
     def forward(self, hidden_TD: Tensor, info: TokenInfo) -> Routing:
         """Route this rank's tokens.
@@ -95,20 +101,23 @@ class Router(nn.Module):
     def _sigmoid(self, logits_TE: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor, Tensor]:
         assert self.expert_bias is not None
         scores_TE = logits_TE.sigmoid()
-        probs_TE, map_TE = self._token_choice(scores_TE, scores_TE.detach() + self.expert_bias)
+        probs_TE, map_TE = self._token_choice(scores_TE, scores_TE.detach() + self.expert_bias, info)
         return probs_TE * self.moe.route_scale, map_TE, scores_TE
 
     def _softmax(self, logits_TE: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor, Tensor]:
         scores_TE = logits_TE.softmax(-1)
-        probs_TE, map_TE = self._token_choice(scores_TE, scores_TE.detach())
+        probs_TE, map_TE = self._token_choice(scores_TE, scores_TE.detach(), info)
         return probs_TE, map_TE, scores_TE
 
-    def _token_choice(self, scores_TE: Tensor, selection_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def _token_choice(self, scores_TE: Tensor, selection_TE: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
         moe = self.moe
         selection_TE = moe_math.within_top_groups(
             selection_TE, num_groups=moe.num_groups, top_groups=moe.top_groups, top_k=moe.top_k
         )
-        return self._to_experts(scores_TE, moe_math.top_experts(selection_TE, moe.top_k))
+        return self._to_experts(scores_TE, self._told(moe_math.top_experts(selection_TE, moe.top_k), info))
+
+    def _told(self, choice: Tensor, info: TokenInfo) -> Tensor:
+        return choice if self.on_choice is None else self.on_choice(choice, info)
 
     @staticmethod
     def _to_experts(scores_TE: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +134,7 @@ class Router(nn.Module):
         chosen = moe_math.expert_choice(all_scores, all_clips, capacity_G)
         if self.token_group is not None:
             chosen = chosen.chunk(self.token_group.size())[self.token_group.rank()]
-        return scores_TE, chosen, scores_TE
+        return scores_TE, self._told(chosen, info), scores_TE
 
     def _of_all_tokens(self, x_Tx: Tensor) -> Tensor:
         """``x`` of every token of the packs, in token order, without gradient."""

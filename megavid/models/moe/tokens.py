@@ -22,6 +22,8 @@ class TokenInfo:
         num_clips: G.
         tokens_of_clip_G: tokens of each whole clip, on all ranks together, int64.
         aux_scale: weight of one clip's router losses, 1 / clips of the global batch; 0 leaves the losses out.
+        draw_B: draw of each pack's first clip, -1 for a pack without one: what the pack is known by in any layout.
+        first_token: the first of these tokens in their packs.
     """
 
     clip_T: Tensor
@@ -29,6 +31,8 @@ class TokenInfo:
     num_clips: int
     tokens_of_clip_G: Tensor
     aux_scale: float
+    draw_B: tuple[int, ...] = ()
+    first_token: int = 0
 
     @property
     def is_valid(self) -> Tensor:
