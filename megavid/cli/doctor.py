@@ -170,8 +170,8 @@ def _deepspeed() -> Finding:
     # Only looked up: importing it may start a compiler.
     version = version_of("deepspeed")
     if not version:
-        return Finding("DeepSpeed", "off", "not installed", "nothing: it is a second backend that is not built yet")
-    return Finding("DeepSpeed", "off", version, "not used: the second backend is not built yet")
+        return Finding("DeepSpeed", "off", "not installed", "no train.backend = 'deepspeed'")
+    return Finding("DeepSpeed", "on", version, "ZeRO for runs that ask for it: train.backend = 'deepspeed'")
 
 
 def _flex_dispatchers() -> Finding:

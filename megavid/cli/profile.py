@@ -109,6 +109,11 @@ def run(config: RunConfig, request: Request, command: tuple[str, ...]) -> None:
     env, num_ranks = find_ranks(request.ranks)
     config = load_run(request.preset, request.overrides, world_size=num_ranks)
     layout = layout_of(config, num_ranks)
+    if config.train.backend != "megatron":
+        raise ConfigError(
+            f"train.backend = '{config.train.backend}' is not profiled: a step's parts are told by megatron-core's "
+            "schedules; set 'megatron'"
+        )
     machine = load_probe(request.calibration) if request.calibration else None
 
     import torch

@@ -144,11 +144,14 @@ def check(config: RunConfig, out: Path) -> list[str]:
         MegavidError: of the kind that fits.
     """
     from megavid.data.build import build_source
+    from megavid.parallel.zero import check_installed
     from megavid.training.build import check_reports
     from megavid.training.resume import check_base, check_init_from, told_differences
 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")
+    if config.train.backend == "deepspeed":
+        check_installed()
     check_reports(config)
     source = build_source(config)
     check_base(config, source, out)

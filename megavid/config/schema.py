@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavid.config.checks import at_least, require
+from megavid.config.deepspeed import DeepSpeedConfig
 from megavid.config.lora import LoraConfig
 from megavid.config.model import ModelConfig, MoEConfig
 from megavid.config.watchdog import WatchdogConfig
@@ -16,6 +17,7 @@ from megavid.config.watchdog import WatchdogConfig
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DeepSpeedConfig",
     "DiffusionConfig",
     "LogConfig",
     "LoraConfig",
@@ -98,6 +100,8 @@ class TrainConfig:
     """Save and stop after this step with exit status 0, the run unfinished (chained jobs); 0 for never."""
     init_from: str = ""
     """Checkpoint whose weights (its EMA, if any) start this run; optimizer, data and step start anew."""
+    backend: Literal["megatron", "deepspeed"] = "megatron"
+    """Engine: megatron-core, with every parallel axis, or DeepSpeed's ZeRO, data parallel only (table deepspeed)."""
     ops: Literal["reference", "compiled", "auto"] = "reference"
     """Norms, modulation, residuals and rotary embedding in plain torch, or in the compiled ops of csrc/, one pass over
     memory each; auto: compiled where they are built.
@@ -356,6 +360,8 @@ class RunConfig:
     """The data."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """ZeRO, with train.backend = "deepspeed"."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     """Hung and slow ranks."""
     log: LogConfig = field(default_factory=LogConfig)

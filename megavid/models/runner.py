@@ -13,6 +13,7 @@ from megavid.models.inputs import ModelInput
 from megavid.models.video_dit import build_chunks
 from megavid.parallel.engine import Engine
 from megavid.parallel.mesh import Mesh
+from megavid.parallel.zero import ZeroEngine
 
 
 def build_engine(config: RunConfig, mesh: Mesh, *, with_optimizer: bool = True) -> "Engine[Any]":
@@ -23,7 +24,8 @@ def build_engine(config: RunConfig, mesh: Mesh, *, with_optimizer: bool = True) 
         mesh: open, in the layout of the config.
         with_optimizer: False for a model that only runs forward.
     """
-    engine: Engine[Any] = Engine(config, mesh, build_chunks(config, mesh))
+    kind = ZeroEngine if config.train.backend == "deepspeed" else Engine
+    engine: Engine[Any] = kind(config, mesh, build_chunks(config, mesh))
     return engine.with_optimizer() if with_optimizer else engine
 
 

@@ -20,7 +20,7 @@ from megavid.parallel import mcore
 from megavid.parallel.fragment import Box, Fragment
 from megavid.parallel.gradients import GradientFinisher
 from megavid.parallel.mesh import Mesh
-from megavid.parallel.optimizer import ShardedAdamW, fragments_of
+from megavid.parallel.optimizer import ShardedAdamW, Updates, fragments_of
 from megavid.parallel.placement import Placement, is_owner, placement_of
 
 Microbatch = TypeVar("Microbatch")
@@ -44,7 +44,7 @@ class Engine(Generic[Microbatch]):
         self.chunks: list[Any] = list(chunks)
         self.is_bf16 = config.precision.dtype == "bf16"
         self._running: list[Any] = self.chunks
-        self.optimizer: ShardedAdamW | None = None
+        self.optimizer: Updates | None = None
         self._transformer: Any = self.chunks[0].config
 
     def with_optimizer(self) -> "Engine[Microbatch]":
@@ -81,7 +81,7 @@ class Engine(Generic[Microbatch]):
         return self
 
     @property
-    def updates(self) -> ShardedAdamW:
+    def updates(self) -> Updates:
         """The optimizer; an error of the caller where the engine was built without one."""
         assert self.optimizer is not None, "this engine was built for inference"
         return self.optimizer

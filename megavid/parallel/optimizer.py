@@ -4,6 +4,7 @@ Owns the one place that reads the optimizer's private range maps: which flat ran
 the fp32 master, moments and moving average of it. Everything else sees ``Shard`` and ``Fragment``.
 """
 
+import abc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from megavid.config.schema import OptimizerConfig
 from megavid.ops.regions import in_region, region
 from megavid.parallel import mcore
 from megavid.parallel.fragment import Fragment, boxes_of_range
+from megavid.parallel.gradients import gradient_of
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.placement import Placement, is_owner, placement_of
 
@@ -40,13 +42,80 @@ class Shard:
     ema: Tensor | None
 
 
-class ShardedAdamW:
+class Updates(abc.ABC):
+    """What a step, the moving average and a checkpoint need of an optimizer, whoever's it is.
+
+    Attributes:
+        updates: that it made; Adam's step counts them, and skipped steps are none.
+        shards: everything that this rank updates.
+    """
+
+    def __init__(self, config: OptimizerConfig, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.updates = 0
+        self.shards: list[Shard] = []
+
+    @abc.abstractmethod
+    def gradient_norm(self) -> float:
+        """Norm of the whole model's gradient, the same on every rank; nothing is clipped yet."""
+
+    @abc.abstractmethod
+    def step(self, learning_rate: float, gradient_norm: float) -> None:
+        """Clip by ``gradient_norm``, update the masters and moments, gather the parameters, move the average."""
+
+    @abc.abstractmethod
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+
+    @abc.abstractmethod
+    def publish(self) -> None:
+        """Copy the masters to the model's parameters and gather them: after loading or initialising the masters."""
+
+    @abc.abstractmethod
+    def bad_gradients(self) -> list[str]:
+        """Names of this rank's parameters, in model order, whose gradient is not finite.
+
+        Ranks: collective.
+        """
+
+    def _move_average(self) -> None:
+        for shard in self.shards:
+            if shard.ema is not None:
+                shard.ema.lerp_(shard.master.detach(), 1.0 - self._ema_decay())
+
+    def _ema_decay(self) -> float:
+        """Decay of the moving average, smaller in the first steps so that it forgets the initial weights.
+
+        Source: the warm-up of TensorFlow's ExponentialMovingAverage(num_updates), (1 + n) / (10 + n).
+        """
+        return min(self.config.ema_decay, (1 + self.updates) / (10 + self.updates))
+
+    def set_updates(self, updates: int) -> None:
+        """Say how many updates the loaded moments have seen."""
+        self.updates = updates
+        for shard in self.shards:
+            shard.state["step"].fill_(updates)
+
+    def fragments(self) -> list[Fragment]:
+        """Masters (as ``model/``), moments and average of this rank's ranges, in model space."""
+        found: list[Fragment] = []
+        for shard in self.shards:
+            tensors = {"model": shard.master.detach(), **{name: shard.state[name] for name in MOMENTS}}
+            if shard.ema is not None:
+                tensors["ema"] = shard.ema
+            owner = is_owner(shard.parameter, self.mesh.coordinates)
+            for kind, tensor in tensors.items():
+                found += fragments_of(kind, placement_of(shard.parameter), tensor, shard.start, owner)
+        return found
+
+
+class ShardedAdamW(Updates):
     """The optimizer of all chunks of this rank, dense and expert parameters alike."""
 
     def __init__(
         self, config: OptimizerConfig, chunks: list[Any], mesh: Mesh, *, is_bf16: bool, overlap_param_gather: bool
     ) -> None:
-        self.config, self.mesh = config, mesh
+        super().__init__(config, mesh)
         self._chained = mcore.get_megatron_optimizer(
             mcore.OptimizerConfig(
                 optimizer="adam",
@@ -69,8 +138,6 @@ class ShardedAdamW:
         # 0.19.2): twice the traffic where a model has experts. Once, after the last part's update, is enough.
         for part in self._chained.chained_optimizers[:-1]:
             part.model_chunks = []
-        # Adam's step counts the updates, which skipped steps are not.
-        self.updates = 0
         self.shards = [self._with_state(*found) for found in self._owned()]
 
     @property
@@ -100,13 +167,13 @@ class ShardedAdamW:
 
     @in_region("optimizer")
     def gradient_norm(self) -> float:
-        """Norm of the whole model's gradient, the same on every rank; nothing is clipped yet."""
+        """See ``Updates``."""
         self._chained.prepare_grads()
         return float(self._chained.get_grad_norm())
 
     @in_region("optimizer")
     def step(self, learning_rate: float, gradient_norm: float) -> None:
-        """Clip by ``gradient_norm``, update the masters and moments, gather the parameters, move the average."""
+        """See ``Updates``."""
         for part in self._parts:
             for group in part.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -118,48 +185,26 @@ class ShardedAdamW:
         with region("average"):
             self._move_average()
 
-    def _move_average(self) -> None:
-        for shard in self.shards:
-            if shard.ema is not None:
-                shard.ema.lerp_(shard.master.detach(), 1.0 - self._ema_decay())
-
-    def _ema_decay(self) -> float:
-        """Decay of the moving average, smaller in the first steps so that it forgets the initial weights.
-
-        Source: the warm-up of TensorFlow's ExponentialMovingAverage(num_updates), (1 + n) / (10 + n).
-        """
-        return min(self.config.ema_decay, (1 + self.updates) / (10 + self.updates))
-
     @in_region("zero_gradients")
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """See ``Updates``."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._chained.zero_grad()
 
     def publish(self) -> None:
-        """Copy the masters to the model's parameters and gather them: after loading or initialising the masters."""
+        """See ``Updates``."""
         for part in self._parts:
             part._copy_main_params_to_model_params()
         for chunk in self._chunks:
             chunk.start_param_sync(force_sync=True)
 
-    def set_updates(self, updates: int) -> None:
-        """Say how many updates the loaded moments have seen."""
-        self.updates = updates
-        for shard in self.shards:
-            shard.state["step"].fill_(updates)
-
-    def fragments(self) -> list[Fragment]:
-        """Masters (as ``model/``), moments and average of this rank's ranges, in model space."""
-        found: list[Fragment] = []
-        for shard in self.shards:
-            tensors = {"model": shard.master.detach(), **{name: shard.state[name] for name in MOMENTS}}
-            if shard.ema is not None:
-                tensors["ema"] = shard.ema
-            owner = is_owner(shard.parameter, self.mesh.coordinates)
-            for kind, tensor in tensors.items():
-                found += fragments_of(kind, placement_of(shard.parameter), tensor, shard.start, owner)
+    def bad_gradients(self) -> list[str]:
+        """See ``Updates``."""
+        found = []
+        for parameter in (parameter for chunk in self._chunks for parameter in chunk.parameters()):
+            if parameter.requires_grad and not torch.isfinite(gradient_of(parameter)).all():
+                found += [piece.name for piece in placement_of(parameter).pieces]
         return found
 
 

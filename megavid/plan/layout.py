@@ -7,6 +7,7 @@ context, data, pipeline; for experts expert-tensor, expert, expert-data, pipelin
 
 from dataclasses import dataclass
 
+from megavid.config.deepspeed import check_backend
 from megavid.config.schema import ModelConfig, RunConfig, require
 from megavid.plan.context import ContextPlan, context_plan
 
@@ -100,6 +101,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     dp = world_size // dense
     _check_model(config)
     _check_rollback(config)
+    check_backend(config)
     require(
         train.global_batch_size % (train.micro_batch_size * dp) == 0,
         f"train.micro_batch_size x data parallel = {train.micro_batch_size} x {dp} = "

@@ -18,8 +18,6 @@ from megavid.models.moe.stats import RoutingStats, update_expert_bias_
 from megavid.ops.packs import LatentBatch
 from megavid.ops.regions import in_region, region
 from megavid.parallel.engine import Engine
-from megavid.parallel.gradients import gradient_of
-from megavid.parallel.placement import placement_of
 
 
 class Objective(Protocol):
@@ -152,9 +150,6 @@ def _update_router_bias(engine: "Engine[Any]", routing: dict[int, RoutingStats])
 
 def _find_culprit(engine: "Engine[Any]") -> str:
     """Name of the first parameter, in model order, whose gradient is not finite on any rank."""
-    bad = []
-    for parameter in engine.parameters():
-        if parameter.requires_grad and not torch.isfinite(gradient_of(parameter)).all():
-            bad += [piece.name for piece in placement_of(parameter).pieces]
+    bad = engine.updates.bad_gradients()
     found = sorted({name for names in engine.mesh.all_gather_object(bad[:4]) for name in names})
     return f"gradient of {found[0]}" if found else "the loss itself; every gradient is finite"

@@ -214,11 +214,11 @@ def compare(what: Recorded, report: StepReport, layout: str, config: RunConfig, 
         what: the recorded step.
         report: the same step, taken again.
         layout: that it was taken in.
-        config: that it was taken with: in another precision the gap is told, not judged.
+        config: that it was taken with: in another precision, or on another backend, the gap is told, not judged.
         routing: a line on forced routing; "" for none.
     """
     dtype, was_dtype = config.precision.dtype, what.config.precision.dtype
-    is_same_math = dtype == was_dtype
+    is_same_math = (dtype, config.train.backend) == (was_dtype, what.config.train.backend)
     is_same_layout = layout == what.layout and is_same_math
     lines = [
         f"step        {what.step}, from {what.checkpoint.name if what.checkpoint else 'the beginning of the run'}",
