@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megavid.cluster.dcgm import dcgm_troubles
 from megavid.cluster.health import Facts, disk_free_gib, gpu_troubles, versions_here
 from megavid.parallel.host import host_name
 from megavid.parallel.mesh import Axis, Mesh
@@ -48,7 +49,7 @@ def examine(mesh: Mesh, seconds: float) -> list[Facts]:
         clock_s=clock_s,
         versions=versions_here({name: _version(name) for name in PACKAGES}),
         disk_free_gib=disk_free_gib(Path(tempfile.gettempdir())),
-        gpu_troubles=gpu_troubles() if mesh.device.type == "cuda" else (),
+        gpu_troubles=gpu_troubles() + dcgm_troubles() if mesh.device.type == "cuda" else (),
         product_rate=rate,
         axes={axis: _axis_seconds(mesh, axis) for axis in AXES if mesh.size(axis) > 1},
     )

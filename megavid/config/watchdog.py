@@ -23,6 +23,9 @@ class WatchdogConfig:
     events.jsonl with its host; 0 for none."""
     slow_interval_steps: int = 20
     """Steps over which that is measured."""
+    gpu_stragglers: bool = False
+    """On GPUs, time kernels of some steps and name ranks whose GPU is slow_factor times slower than the fastest; needs
+    the package nvidia-resiliency-ext."""
 
     def __post_init__(self) -> None:
         for name, value in (("first_step_s", self.first_step_s), ("step_s", self.step_s)):
@@ -33,6 +36,10 @@ class WatchdogConfig:
         require(
             self.slow_factor == 0 or self.slow_factor > 1,
             f"watchdog.slow_factor = {self.slow_factor} must be above 1, or 0 for none",
+        )
+        require(
+            not self.gpu_stragglers or self.slow_factor > 1,
+            "watchdog.gpu_stragglers = true needs watchdog.slow_factor, which says what is slow; set it above 1",
         )
         require(
             self.slow_interval_steps >= 1,

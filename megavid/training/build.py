@@ -5,6 +5,8 @@ Owns the list. Callbacks that talk to other ranks stand on every rank, in the sa
 
 from pathlib import Path
 
+import torch
+
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
 from megavid.training.callbacks import (
@@ -22,6 +24,7 @@ from megavid.training.prometheus import PrometheusFile
 from megavid.training.reports import LossPlot, PictureGrid, Validation
 from megavid.training.routing_record import RoutingLog
 from megavid.training.slow import SlowRanks
+from megavid.training.stragglers import GpuStragglers, check_detector
 from megavid.training.wandb_log import WandbLog, check_wandb
 
 
@@ -51,6 +54,8 @@ def build_callbacks(run: Run) -> Callbacks:
     entries.append((BadSamples(), 1))
     if run.config.watchdog.slow_factor and run.mesh.world_size > 1:
         entries.append((SlowRanks(), 1))
+    if run.config.watchdog.gpu_stragglers:
+        entries.append((GpuStragglers(), 1))
     if run.mesh.is_main:
         entries.append((LossPlot(), 1))
     return Callbacks(run, entries)
@@ -64,6 +69,8 @@ def check_reports(config: RunConfig) -> None:
     """
     log = config.log
     check_wandb(log.wandb_project)
+    if config.watchdog.gpu_stragglers:
+        check_detector(torch.cuda.is_available())
     if log.prometheus and not Path(log.prometheus).parent.is_dir():
         raise ConfigError(f"log.prometheus = {log.prometheus!r}: its folder does not exist; make it, or name another")
     if log.routing_interval_steps and config.model.family != "wan_moe":
