@@ -18,6 +18,7 @@ from megavid.config.schema import RunConfig
 from megavid.diffusion.objective import FlowObjective
 from megavid.models.lora import A, B, is_adapter, lora_reference
 from megavid.models.runner import build_engine, velocity_of
+from megavid.ops.compiled import why_not_compiled
 from megavid.ops.packs import clip_index
 from megavid.ops.philox import key_of, normal_box
 from megavid.parallel.engine import Engine
@@ -142,8 +143,18 @@ def test_adapters_compute_and_learn_like_the_merged_matrices(pool: RankPool, fam
 @pytest.mark.parametrize("name", newest_too(LAYOUTS, "tp2 without sp", "tp2 pp2 ep2"))
 def test_the_loss_does_not_depend_on_the_layout(pool: RankPool, name: str) -> None:
     family, world, options = LAYOUTS[name]
-    want = wanted(pool, family)
-    got = pool.run(world, train, config_of(family, **options), world)
+    check(wanted(pool, family), pool.run(world, train, config_of(family, **options), world))
+
+
+@pytest.mark.skipif(bool(why_not_compiled()), reason=f"compiled ops: {why_not_compiled()}")
+def test_compiled_ops_train_adapters_like_plain_torch(pool: RankPool) -> None:
+    config = config_of("wan_moe", tensor=2, expert=2)
+    config = replace(config, train=replace(config.train, ops="compiled"))
+    check(wanted(pool, "wan_moe"), pool.run(2, train, config, 2))
+
+
+def check(want: dict[str, Any], got: list[dict[str, Any]]) -> None:
+    """The same losses, norms, gradients and adapters."""
     for told in got:
         assert told["loss"] == pytest.approx(want["loss"], rel=tolerance.LOSS_FP32)
         assert told["norm"] == pytest.approx(want["norm"], rel=tolerance.GRAD_NORM_FP32)
