@@ -183,7 +183,7 @@ def _flex_dispatchers() -> Finding:
 
 
 def _compiled_ops() -> Finding:
-    name, plain = "compiled ops", 'norms, residuals and rotation run as plain torch; train.ops = "compiled" is refused'
+    name, plain = "compiled ops", 'norms, residuals, experts in plain torch; train.ops = "compiled" is refused'
     if trouble := why_not("megavid.ops.compiled"):
         return Finding(name, "off", trouble, plain)
     import torch

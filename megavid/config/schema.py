@@ -103,7 +103,7 @@ class TrainConfig:
     backend: Literal["megatron", "deepspeed"] = "megatron"
     """Engine: megatron-core, with every parallel axis, or DeepSpeed's ZeRO, data parallel only (table deepspeed)."""
     ops: Literal["reference", "compiled", "auto"] = "reference"
-    """Norms, modulation, residuals and rotary embedding in plain torch, or in the compiled ops of csrc/, one pass over
+    """What is between matrix products and attention in plain torch, or in the compiled ops of csrc/, one pass over
     memory each; auto: compiled where they are built.
     """
     deterministic: bool = False

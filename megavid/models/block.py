@@ -83,7 +83,9 @@ class Block(nn.Module):
         self.feed_forward: Any
         if self.is_moe:
             mesh = build.mesh
-            self.feed_forward = build_moe(build.transformer, model, layer, mesh.groups, mesh.layout, mesh.coordinates)
+            self.feed_forward = build_moe(
+                build.transformer, model, layer, mesh.groups, mesh.layout, mesh.coordinates, build.ops.moe
+            )
         else:
             self.feed_forward = FeedForward(build, f"{name}.ffn")
         for parameter, suffix, init in (

@@ -16,6 +16,7 @@ from megavid.ops.compiled import why_not_compiled_for
 from megavid.ops.gated_residual import gated_residual_op
 from megavid.ops.gated_residual_norm import gated_residual_norm_op
 from megavid.ops.modulated_norm import modulated_norm_op
+from megavid.ops.moe_ops import COMPILED_MOE, REFERENCE_MOE, MoEOps
 from megavid.ops.norm import gated_residual, layer_norm, modulated_norm, residual, rms_norm_of_sum, wide
 from megavid.ops.norm_rope import norm_rope_op
 from megavid.ops.regions import in_region
@@ -40,6 +41,7 @@ class BlockOps:
         sum_of_squares: x_TBn to [T, B, 1], fp32.
         norm_rope: (x_TBn, sum_of_squares_TB1, weight_n, cos_TB1h, sin_TB1h, width, eps) to queries or keys, normed
             over ``width`` numbers and rotated, [T, B, N, A].
+        moe: what an expert layer computes.
     """
 
     name: str
@@ -49,6 +51,7 @@ class BlockOps:
     gated_residual: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     sum_of_squares: Callable[[Tensor], Tensor]
     norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+    moe: MoEOps
 
 
 def block_ops(choice: Choice, device: torch.device, dtype: torch.dtype) -> BlockOps:
@@ -106,6 +109,7 @@ REFERENCE = BlockOps(
     gated_residual,
     _sum_of_squares,
     _norm_rope,
+    REFERENCE_MOE,
 )
 
 
@@ -170,4 +174,5 @@ COMPILED = BlockOps(
     _compiled_gated_residual,
     _compiled_sum_of_squares,
     _compiled_norm_rope,
+    COMPILED_MOE,
 )

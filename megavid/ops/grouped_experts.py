@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megavid.ops.moe_ops import Activate
+
 Activation = Literal["gelu", "swiglu"]
 
 # What torch.nn.functional.grouped_mm takes; fp64 goes expert by expert.
@@ -46,6 +48,7 @@ def grouped_experts(
     probability_S: Tensor,
     *,
     first_column: int = 0,
+    activate: Activate | None = None,
 ) -> Tensor:
     """``probability * (down(activation(up(x) + bias)) + bias)`` of each row's expert.
 
@@ -58,6 +61,7 @@ def grouped_experts(
         weights: the experts; GELU-tanh, or SwiGLU where they have a gate.
         probability_S: gate of each row, fp32 or wider.
         first_column: first output column that ``weights.down_bias_eD`` belongs to.
+        activate: what is between the products, in one op (``megavid.ops.expert_activation``); None: in plain torch.
 
     Returns:
         [S, D] in the dtype of ``x_SD``.
@@ -66,17 +70,28 @@ def grouped_experts(
         Every weight gets a gradient of its own shape, zero for an expert without rows.
     """
     rows = _Rows.of(tokens_per_expert, x_SD)
+    weighted_SM = _hidden(x_SD, weights, probability_S, rows, activate)
+    out_SD = _linear(weighted_SM, weights.down_eDM, rows)
+    if weights.down_bias_eD is None:
+        return out_SD
+    return _add_bias(out_SD, weights.down_bias_eD, probability_S, rows, first_column)
+
+
+def _hidden(
+    x_SD: Tensor, weights: ExpertWeights, probability_S: Tensor, rows: "_Rows", activate: Activate | None
+) -> Tensor:
+    """Hidden activations times the gate; nothing that autograd does not keep outlives the call."""
+    if activate is not None:
+        up_SM = _linear(x_SD, weights.up_eMD, rows)
+        gate_SM = None if weights.gate_eMD is None else _linear(x_SD, weights.gate_eMD, rows)
+        return activate(up_SM, gate_SM, weights.up_bias_eM, weights.gate_bias_eM, rows.expert_S, probability_S)
     up_SM = _biased(_linear(x_SD, weights.up_eMD, rows), weights.up_bias_eM, rows)
     if weights.gate_eMD is None:
         hidden_SM = torch.nn.functional.gelu(up_SM, approximate="tanh")
     else:
         gate_SM = _biased(_linear(x_SD, weights.gate_eMD, rows), weights.gate_bias_eM, rows)
         hidden_SM = torch.nn.functional.silu(gate_SM) * up_SM
-    weighted_SM = (hidden_SM * probability_S.unsqueeze(-1)).to(x_SD.dtype)
-    out_SD = _linear(weighted_SM, weights.down_eDM, rows)
-    if weights.down_bias_eD is None:
-        return out_SD
-    return _add_bias(out_SD, weights.down_bias_eD, probability_S, rows, first_column)
+    return (hidden_SM * probability_S.unsqueeze(-1)).to(x_SD.dtype)
 
 
 def grouped_experts_reference(

@@ -33,8 +33,9 @@ class Shapes:
         ring: ranks that keys and values travel between.
         narrow: bytes of an activation.
         has_copies: activations are not fp32, so that what is computed in fp32 is a copy.
-        is_fused: norms, modulation, residuals and rotation are one op each, which keep their inputs as they come
-            (``train.ops = "compiled"``; "auto" is counted as plain torch, which needs more).
+        is_fused: norms, modulation, residuals, rotation, the choice of experts, their activation and the order of their
+            rows are one op each, which keep their inputs as they come (``train.ops = "compiled"``; "auto" is counted
+            as plain torch, which needs more).
     """
 
     own: int
@@ -196,7 +197,8 @@ def _feed_forward(model: ModelConfig, shapes: Shapes, *, is_moe: bool, imbalance
 
 def _router(model: ModelConfig, shapes: Shapes) -> float:
     moe = model.moe
-    choice = 0 if moe.router == "expert_choice" else moe.top_k * (INDEX + WIDE) + WIDE
+    is_plain = moe.router != "expert_choice" and not shapes.is_fused
+    choice = moe.top_k * (INDEX + WIDE) + WIDE if is_plain else 0
     scores = moe.num_experts * (WIDE + 1) + choice
     return shapes.own * (model.hidden_size * WIDE + scores)
 
@@ -205,11 +207,11 @@ def _experts(model: ModelConfig, shapes: Shapes, imbalance: float) -> float:
     moe = model.moe
     rows = _rows(model, shapes, imbalance)
     hidden = moe.expert_ffn_size / shapes.etp
-    # GELU keeps its input, the hidden activation and that times the gate; SwiGLU also the gate's side of it.
-    kept = 5 if moe.activation == "swiglu" else 3
-    # Of each row: its tokens' numbers, where it came from, its expert, its gate.
-    indices = 2 * INDEX + WIDE
-    permutation = shapes.own * moe.num_experts * (1 + WIDE)
+    # GELU keeps its input, the hidden activation (not if fused) and that times the gate; SwiGLU also the gate's side.
+    kept = (5 if moe.activation == "swiglu" else 3) - (1 + (moe.activation == "swiglu")) * shapes.is_fused
+    # Of each row: its tokens' numbers, where it came from (and if fused where it goes), its expert, its gate.
+    indices = (2 + shapes.is_fused) * INDEX + WIDE
+    permutation = shapes.own * (INDEX if shapes.is_fused else moe.num_experts * (1 + WIDE))
     return rows * (model.hidden_size * shapes.narrow + kept * hidden * shapes.narrow + indices) + permutation
 
 

@@ -196,7 +196,9 @@ def test_experts_conditioned_by_frames_keep_law_1(pool: RankPool) -> None:
         ("wan", 1, {"recompute": "selective"}),
         ("wan", 4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
         ("wan", 4, {"context": 2, "tensor": 2, "sequence": False}),
+        ("wan_moe", 1, {"recompute": "selective"}),
         ("wan_moe", 2, {"tensor": 2, "expert": 2}),
+        ("wan_moe", 2, {"expert": 2, "dispatcher": "allgather"}),
         ("wan_moe", 4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2}),
     ],
 )
@@ -205,6 +207,12 @@ def test_compiled_ops_give_the_curve_of_plain_torch(
 ) -> None:
     check(pool, family, world, options, ops="compiled")
     check(pool, family, world, options, ops="compiled", task="ti2v")
+
+
+@pytest.mark.skipif(bool(why_not_compiled()), reason=f"compiled ops: {why_not_compiled()}")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_compiled_ops_choose_and_weigh_as_every_router(pool: RankPool, router: str) -> None:
+    check(pool, "wan_moe", *ROUTER_LAYOUTS["cp2 ep2 microbatch2"], router, ops="compiled")
 
 
 @pytest.mark.parametrize("name", newest_too(["tp2", "tp2 pp2 ep2", "cp2 tp2"], "tp2"))

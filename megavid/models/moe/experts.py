@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megavid.config.schema import ModelConfig
 from megavid.errors import ConfigError
 from megavid.ops.grouped_experts import ExpertWeights, grouped_experts
+from megavid.ops.moe_ops import Activate
 from megavid.parallel.placement import Init, Piece, Placement, place
 from megavid.plan.layout import Layout
 
@@ -30,6 +31,7 @@ class GroupedExperts(nn.Module):
         coordinates: where this rank stands on its axes.
         dtype: of the parameters.
         device: of the parameters.
+        activate: see ``megavid.ops.moe_ops.MoEOps``.
 
     Raises:
         ConfigError: ``parallel.expert_tensor`` does not divide the widths.
@@ -45,6 +47,7 @@ class GroupedExperts(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        activate: Activate | None = None,
     ) -> None:
         super().__init__()
         moe, width = model.moe, model.hidden_size
@@ -52,7 +55,7 @@ class GroupedExperts(nn.Module):
             if size % layout.etp:
                 raise ConfigError(f"parallel.expert_tensor = {layout.etp} must divide {key} = {size}")
         self.name, self.hidden_size, self.ffn_size = f"{name}.experts", width, moe.expert_ffn_size
-        self.num_local_experts = num_local_experts
+        self.num_local_experts, self.activate = num_local_experts, activate
         self.first_expert = coordinates["ep"] * num_local_experts
         self.part, self.parts = coordinates["etp"], layout.etp
         self._kind: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -81,8 +84,16 @@ class GroupedExperts(nn.Module):
         weights = ExpertWeights(
             self.up_weight, self.down_weight, self.gate_weight, self.up_bias, self.gate_bias, self.down_bias
         )
-        rows = permuted_probs.reshape(-1)
-        return grouped_experts(permuted_hidden, tokens_per_expert, weights, rows, first_column=self.first_column), None
+        probability = permuted_probs.reshape(-1)
+        out_SD = grouped_experts(
+            permuted_hidden,
+            tokens_per_expert,
+            weights,
+            probability,
+            first_column=self.first_column,
+            activate=self.activate,
+        )
+        return out_SD, None
 
     def _matrix(self, which: str, rows: int, columns: int) -> nn.Parameter:
         """Matrix ``which`` of the local experts; hidden units are rows of ``up`` and ``gate``, columns of ``down``."""

@@ -16,6 +16,7 @@ from megavid.models.moe.router import Router
 from megavid.models.moe.shared import SharedExpert
 from megavid.models.moe.stats import RoutingStats, routing_stats
 from megavid.models.moe.tokens import TokenInfo
+from megavid.ops.moe_ops import REFERENCE_MOE, MoEOps
 from megavid.ops.norm import residual
 from megavid.ops.regions import region
 from megavid.parallel import mcore
@@ -97,7 +98,13 @@ def _keep_for(tensor: Tensor, stream: Any) -> None:
 
 
 def build_moe(
-    config: Any, model: ModelConfig, layer: int, groups: Any, layout: Layout, coordinates: dict[str, int]
+    config: Any,
+    model: ModelConfig,
+    layer: int,
+    groups: Any,
+    layout: Layout,
+    coordinates: dict[str, int],
+    ops: MoEOps = REFERENCE_MOE,
 ) -> VideoMoELayer:
     """The expert layer of block ``layer`` (from 0 in the whole model), with no values in its parameters yet.
 
@@ -108,6 +115,7 @@ def build_moe(
         groups: megatron-core's ProcessGroupCollection.
         layout: the run's layout.
         coordinates: where this rank stands on its axes.
+        ops: what the layer computes between its matrix products.
 
     Raises:
         ConfigError: the dispatcher cannot run here, or the layout does not divide the experts.
@@ -120,16 +128,25 @@ def build_moe(
     num_local_experts = moe.num_experts // layout.ep
     dtype: torch.dtype = config.params_dtype
     return VideoMoELayer(
-        router=build_router(model, name, groups, layout, dtype=dtype, device=device),
-        experts=GroupedExperts(num_local_experts, model, name, layout, coordinates, dtype=dtype, device=device),
-        dispatcher=build_dispatcher(moe, num_local_experts, config, groups),
+        router=build_router(model, name, groups, layout, dtype=dtype, device=device, ops=ops),
+        experts=GroupedExperts(
+            num_local_experts, model, name, layout, coordinates, dtype=dtype, device=device, activate=ops.activate
+        ),
+        dispatcher=build_dispatcher(moe, num_local_experts, config, groups, ops.permutation),
         shared=shared,
         overlaps_shared=bool(config.moe_shared_expert_overlap),
     )
 
 
 def build_router(
-    model: ModelConfig, name: str, groups: Any, layout: Layout, *, dtype: torch.dtype, device: torch.device
+    model: ModelConfig,
+    name: str,
+    groups: Any,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: MoEOps = REFERENCE_MOE,
 ) -> Router:
     """The router of the expert layer ``name``; its weight is fp32 in every precision of the model."""
     shape = (model.moe.num_experts, model.hidden_size)
@@ -146,7 +163,7 @@ def build_router(
     )
     place(weight, placement)
     is_shared = layout.sequence or layout.cp > 1
-    return Router(model.moe, weight, groups.tp_cp if is_shared else None)
+    return Router(model.moe, weight, groups.tp_cp if is_shared else None, ops)
 
 
 def _device(config: Any) -> torch.device:

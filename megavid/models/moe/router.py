@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavid.config.schema import MoEConfig
-from megavid.models.moe.tokens import TokenInfo
+from megavid.models.moe.tokens import NOISE_BUCKETS, TokenInfo
 from megavid.ops import moe_math
+from megavid.ops.moe_ops import REFERENCE_MOE, MoEOps
 
 OnChoice = Callable[[Tensor, TokenInfo], Tensor]
 """Sees what a router chose, experts [T, K] or with expert choice the map [T, E], and gives what it is to choose."""
@@ -36,6 +37,7 @@ class Routing(NamedTuple):
         probs_TE: gates, zero where a token does not go; fp32. Its backward pass carries the router losses too.
         map_TE: where each token goes, bool; padding goes nowhere.
         shares_TE: scores normalised to sum 1 over experts, without gradient, for statistics.
+        counts_QE: tokens of each noise bucket that go to each expert, fp32; None where they are still to be counted.
         aux_loss: this rank's part of the mean balancing loss over the clips of the global batch; unweighted, detached.
         z_loss: likewise of the squared log-sum-exp of the logits.
     """
@@ -43,8 +45,13 @@ class Routing(NamedTuple):
     probs_TE: Tensor
     map_TE: Tensor
     shares_TE: Tensor
+    counts_QE: Tensor | None
     aux_loss: Tensor
     z_loss: Tensor
+
+
+Chosen = tuple[Tensor, Tensor, Tensor | None]
+"""Gates, map and counts of ``Routing``."""
 
 
 class Router(nn.Module):
@@ -54,15 +61,16 @@ class Router(nn.Module):
         moe: the experts' config.
         weight: [E, D], fp32 or wider.
         token_group: the ranks that share the tokens of a pack, in token order; None where a rank holds them all.
+        ops: what chooses the experts of each token.
     """
 
     expert_bias: Tensor | None
 
-    def __init__(self, moe: MoEConfig, weight: nn.Parameter, token_group: Any) -> None:
+    def __init__(self, moe: MoEConfig, weight: nn.Parameter, token_group: Any, ops: MoEOps = REFERENCE_MOE) -> None:
         super().__init__()
-        self.moe, self.weight = moe, weight
+        self.moe, self.weight, self.ops = moe, weight, ops
         self.token_group = token_group if token_group is not None and token_group.size() > 1 else None
-        self.route: Callable[[Tensor, TokenInfo], tuple[Tensor, Tensor, Tensor]] = {
+        self.route: Callable[[Tensor, TokenInfo], tuple[Chosen, Tensor]] = {
             "sigmoid": self._sigmoid,
             "softmax": self._softmax,
             "expert_choice": self._expert_choice,
@@ -84,48 +92,59 @@ class Router(nn.Module):
             Expert choice gathers the scores, and the balancing loss sums its counts, over ``token_group``.
         """
         logits_TE = torch.nn.functional.linear(hidden_TD.to(self.weight.dtype), self.weight)
-        probs_TE, map_TE, scores_TE = self.route(logits_TE, info)
+        (probs_TE, map_TE, counts_QE), scores_TE = self.route(logits_TE, info)
         if self.is_forced:
             ids_TK = moe_math.round_robin(info.is_valid, top_k=self.moe.top_k, num_experts=self.moe.num_experts)
-            probs_TE, map_TE = self._to_experts(scores_TE, ids_TK)
-        map_TE = map_TE & info.is_valid.unsqueeze(1)
-        probs_TE = torch.where(map_TE, probs_TE, 0.0)
+            probs_TE, map_TE, counts_QE = self._to_experts(scores_TE, ids_TK, info)
         aux, z = self._losses(logits_TE, scores_TE, map_TE, info)
         if torch.is_grad_enabled() and (aux.requires_grad or z.requires_grad):
             loss = self.moe.aux_loss_weight * aux + self.moe.z_loss_weight * z
             probs_TE = _AttachLoss.apply(probs_TE, loss)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-        return Routing(probs_TE, map_TE, shares_TE, aux.detach(), z.detach())
+        return Routing(probs_TE, map_TE, shares_TE, counts_QE, aux.detach(), z.detach())
 
-    def _sigmoid(self, logits_TE: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.expert_bias is not None
+    def _sigmoid(self, logits_TE: Tensor, info: TokenInfo) -> tuple[Chosen, Tensor]:
         scores_TE = logits_TE.sigmoid()
-        probs_TE, map_TE = self._token_choice(scores_TE, scores_TE.detach() + self.expert_bias, info)
-        return probs_TE * self.moe.route_scale, map_TE, scores_TE
+        return self._token_choice(scores_TE, self.expert_bias, info, self.moe.route_scale), scores_TE
 
-    def _softmax(self, logits_TE: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor, Tensor]:
+    def _softmax(self, logits_TE: Tensor, info: TokenInfo) -> tuple[Chosen, Tensor]:
         scores_TE = logits_TE.softmax(-1)
-        probs_TE, map_TE = self._token_choice(scores_TE, scores_TE.detach(), info)
-        return probs_TE, map_TE, scores_TE
+        return self._token_choice(scores_TE, None, info, 1.0), scores_TE
 
-    def _token_choice(self, scores_TE: Tensor, selection_TE: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
+    def _token_choice(self, scores_TE: Tensor, bias_E: Tensor | None, info: TokenInfo, scale: float) -> Chosen:
         moe = self.moe
+        choice = self.ops.router_topk(
+            scores_TE,
+            bias_E,
+            torch.where(info.is_valid, info.bucket_T, -1),
+            num_buckets=NOISE_BUCKETS,
+            top_k=moe.top_k,
+            num_groups=moe.num_groups,
+            top_groups=moe.top_groups,
+            scale=scale,
+        )
+        if self.on_choice is None:
+            return choice
+        selection_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
         selection_TE = moe_math.within_top_groups(
             selection_TE, num_groups=moe.num_groups, top_groups=moe.top_groups, top_k=moe.top_k
         )
-        return self._to_experts(scores_TE, self._told(moe_math.top_experts(selection_TE, moe.top_k), info))
-
-    def _told(self, choice: Tensor, info: TokenInfo) -> Tensor:
-        return choice if self.on_choice is None else self.on_choice(choice, info)
+        chosen_TK = moe_math.top_experts(selection_TE, moe.top_k)
+        told_TK = self.on_choice(chosen_TK, info)
+        if told_TK is chosen_TK:
+            return choice
+        probs_TE, map_TE, counts = self._to_experts(scores_TE, told_TK, info)
+        return probs_TE * scale, map_TE, counts
 
     @staticmethod
-    def _to_experts(scores_TE: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
-        gates_TK = moe_math.gates_of(scores_TE, ids_TK)
-        probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, gates_TK)
-        return probs_TE, torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, ids_TK, True)
+    def _to_experts(scores_TE: Tensor, ids_TK: Tensor, info: TokenInfo) -> Chosen:
+        """The gates of a choice by number, which is still to be counted."""
+        probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, moe_math.gates_of(scores_TE, ids_TK))
+        map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, ids_TK, True) & info.is_valid.unsqueeze(1)
+        return torch.where(map_TE, probs_TE, 0.0), map_TE, None
 
-    def _expert_choice(self, logits_TE: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor, Tensor]:
+    def _expert_choice(self, logits_TE: Tensor, info: TokenInfo) -> tuple[Chosen, Tensor]:
         scores_TE = logits_TE.softmax(-1)
         capacity_G = moe_math.expert_capacity(
             info.tokens_of_clip_G, top_k=self.moe.top_k, num_experts=self.moe.num_experts
@@ -134,7 +153,10 @@ class Router(nn.Module):
         chosen = moe_math.expert_choice(all_scores, all_clips, capacity_G)
         if self.token_group is not None:
             chosen = chosen.chunk(self.token_group.size())[self.token_group.rank()]
-        return scores_TE, self._told(chosen, info), scores_TE
+        if self.on_choice is not None:
+            chosen = self.on_choice(chosen, info)
+        map_TE = chosen & info.is_valid.unsqueeze(1)
+        return (torch.where(map_TE, scores_TE, 0.0), map_TE, None), scores_TE
 
     def _of_all_tokens(self, x_Tx: Tensor) -> Tensor:
         """``x`` of every token of the packs, in token order, without gradient."""

@@ -51,7 +51,7 @@ def routing_stats(routing: Routing, info: TokenInfo) -> RoutingStats:
     belongs_QT = ((info.bucket_T == buckets.unsqueeze(1)) & info.is_valid).float()
     entropy_T = torch.special.entr(shares_TE).sum(-1)
     return RoutingStats(
-        counts_QE=belongs_QT @ routing.map_TE.float(),
+        counts_QE=belongs_QT @ routing.map_TE.float() if routing.counts_QE is None else routing.counts_QE,
         prob_QE=belongs_QT @ shares_TE,
         entropy_Q=belongs_QT @ entropy_T,
         tokens_Q=belongs_QT.sum(1),
