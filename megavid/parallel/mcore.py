@@ -69,7 +69,6 @@ with warnings.catch_warnings(), _nothing_compiled():
         ParamKey,
         get_megatron_optimizer,
     )
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer_config import ParamPredicate
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -121,7 +120,6 @@ __all__ = [
     "RowParallelLinear",
     "TransformerConfig",
     "build_moe_layer",
-    "clip_grad_by_total_norm_fp32",
     "close_groups",
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
