@@ -1,6 +1,7 @@
-"""Compiled ops against plain torch and against torch.compile of it, on CPU, and a training step of `tiny` with either.
+"""Compiled ops against plain torch and against torch.compile of it, and a training step of `tiny` with either.
 
     OMP_NUM_THREADS=2 python tools/bench_ops.py --out docs/benchmarks/ops_cpu.md
+    OMP_NUM_THREADS=2 python tools/bench_ops.py --only step
 
 Every op of a block on ``--tokens`` tokens of ``--width`` numbers, in fp32 and bf16, forward alone (keeping what
 backward needs) and with the backward pass. In every round each of the three is timed once, in turns that change, so
@@ -27,20 +28,24 @@ from torch import Tensor
 
 from megavid.ops.block_ops import COMPILED, REFERENCE, BlockOps
 from megavid.ops.compiled import instruction_set, why_not_compiled
+from megavid.ops.expert_activation import expert_activation_reference
+from megavid.parallel import mcore
 from megavid.training.profile_report import cpu_name
 
 EPS, CLIPS = 1e-6, 4
+EXPERTS, TOP_K, BUCKETS = 64, 8, 4
 WARM_STEPS = 2
 """Training steps left out, the first of a process."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op of a block: its name, and what it is called with."""
+    """One op of a block: its name, what it is called with, and the dtypes of its tokens."""
 
     name: str
     function: Callable[[BlockOps], Callable[..., Any]]
     inputs: Callable[["Sizes", torch.dtype], list[Tensor]]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,70 @@ def _table(sizes: Sizes) -> Tensor:
     return normal(CLIPS, sizes.width)
 
 
+def activate(ops: BlockOps) -> Callable[..., Any]:
+    """An expert's activation; rows of an expert stand together."""
+    function = ops.moe.activate or expert_activation_reference
+
+    def gelu(up: Tensor, bias: Tensor, expert: Tensor, probability: Tensor) -> Tensor:
+        return function(up, None, bias, None, expert, probability)
+
+    return gelu
+
+
+def swiglu(ops: BlockOps) -> Callable[..., Any]:
+    """Likewise with a gate, and no biases."""
+    function = ops.moe.activate or expert_activation_reference
+
+    def call(up: Tensor, gate: Tensor, expert: Tensor, probability: Tensor) -> Tensor:
+        return function(up, gate, None, None, expert, probability)
+
+    return call
+
+
+def permute(ops: BlockOps) -> Callable[..., Any]:
+    """Tokens to rows and back, as a dispatcher on one rank does it: its rows' gates, and no product between."""
+    permutation = ops.moe.permutation
+
+    def own(x_TD: Tensor, gates_TE: Tensor, map_TE: Tensor) -> tuple[Tensor, Tensor]:
+        assert permutation is not None
+        rows = permutation.forth(x_TD, gates_TE, map_TE, x_TD.shape[0] * TOP_K)
+        return permutation.back(rows.x_SD, rows), rows.probability_S
+
+    def megatron(x_TD: Tensor, gates_TE: Tensor, map_TE: Tensor) -> tuple[Tensor, Tensor]:
+        rows, gates, order, *_ = mcore.moe_utils.permute(
+            x_TD, map_TE, probs=gates_TE, num_out_tokens=x_TD.shape[0] * TOP_K
+        )
+        return mcore.moe_utils.unpermute(rows, order, restore_shape=x_TD.shape), gates
+
+    return megatron if permutation is None else own
+
+
+def route(ops: BlockOps) -> Callable[..., Any]:
+    """Scores to gates, map and counts, with groups of experts."""
+
+    def call(scores_TE: Tensor, bias_E: Tensor, bucket_T: Tensor) -> Tensor:
+        choice = ops.moe.router_topk(
+            scores_TE, bias_E, bucket_T, num_buckets=BUCKETS, top_k=TOP_K, num_groups=8, top_groups=4, scale=2.5
+        )
+        return choice.probs_TE
+
+    return call
+
+
+def _rows_of_experts(sizes: Sizes) -> list[Tensor]:
+    return [torch.randint(EXPERTS, (sizes.tokens,)).sort().values, torch.rand(sizes.tokens).requires_grad_()]
+
+
+def _flat(sizes: Sizes, dtype: torch.dtype, rows: int) -> Tensor:
+    return torch.randn(rows, sizes.width).to(dtype).requires_grad_()
+
+
+def _routing(tokens: int) -> list[Tensor]:
+    chosen = torch.rand(tokens, EXPERTS).topk(TOP_K).indices
+    map_TE = torch.zeros(tokens, EXPERTS, dtype=torch.bool).scatter_(1, chosen, True)
+    return [torch.rand(tokens, EXPERTS).requires_grad_(), map_TE]
+
+
 CASES = (
     Case(
         "modulated_norm",
@@ -111,6 +180,35 @@ CASES = (
         norm_rope,
         lambda s, dtype: [stream(s, dtype), normal(s.width), *_angles(s)],
     ),
+    Case(
+        "expert_activation, GELU and bias",
+        activate,
+        lambda s, dtype: [
+            _flat(s, dtype, s.tokens),
+            normal(EXPERTS, s.width).to(dtype).detach().requires_grad_(),
+            *_rows_of_experts(s),
+        ],
+    ),
+    Case(
+        "expert_activation, SwiGLU",
+        swiglu,
+        lambda s, dtype: [_flat(s, dtype, s.tokens), _flat(s, dtype, s.tokens), *_rows_of_experts(s)],
+    ),
+    Case(
+        "moe_permute, moe_unpermute",
+        permute,
+        lambda s, dtype: [_flat(s, dtype, s.tokens // TOP_K), *_routing(s.tokens // TOP_K)],
+    ),
+    Case(
+        "router_topk",
+        route,
+        lambda s, dtype: [
+            torch.rand(s.tokens, EXPERTS).requires_grad_(),
+            torch.randn(EXPERTS) / 8,
+            torch.arange(s.tokens) % BUCKETS,
+        ],
+        (torch.float32,),
+    ),
 )
 
 
@@ -128,39 +226,64 @@ def passes(function: Callable[..., Any], inputs: list[Tensor], is_backward: bool
     return call
 
 
-def time_in_turn(calls: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+def time_in_turn(calls: Sequence[Callable[[], None]], rounds: int, device: str = "cpu") -> list[list[float]]:
     """Seconds of every call in every round; the order turns from round to round."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for call in calls:
         call()
         call()
+    wait()
     seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds):
         for number in range(len(calls)):
             which = (number + turn) % len(calls)
             began = time.perf_counter()
             calls[which]()
+            wait()
             seconds[which].append(time.perf_counter() - began)
     return seconds
 
 
-def time_ops(sizes: Sizes, rounds: int) -> list[str]:
-    """The table of ops."""
+def copy_bandwidth(device: str, rounds: int) -> float:
+    """Bytes a second of a large copy, read and written."""
+    source = torch.empty(2**26 if device == "cuda" else 2**24)
+    target = torch.empty_like(source)
+    (seconds,) = time_in_turn([lambda: target.copy_(source)], rounds, device)
+    return 2 * source.nbytes / min(seconds)
+
+
+def bytes_of(function: Callable[..., Any], inputs: list[Tensor]) -> int:
+    """What a forward pass reads and writes at least: its inputs and outputs."""
+    found = function(*inputs)
+    return sum(tensor.nbytes for tensor in (*inputs, *([found] if isinstance(found, Tensor) else found)))
+
+
+def time_ops(sizes: Sizes, rounds: int, device: str, only: str) -> list[str]:
+    """The table of ops; on a GPU with their share of a copy's bandwidth in the forward pass."""
+    bandwidth = copy_bandwidth(device, rounds) if device == "cuda" else 0.0
     lines = [
         "| op | dtype | pass | plain torch, ms | op, ms | torch.compile, ms | plain / op | torch.compile / op |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for case in CASES:
-        compiled = torch.compile(case.function(REFERENCE), dynamic=False, fullgraph=True)
+    if only == "step":
+        return []
+    if bandwidth:
+        lines = [f"{lines[0]} of a copy's bandwidth |", f"{lines[1]} ---: |"]
+    for case in (case for case in CASES if only in case.name):
+        compiled = torch.compile(case.function(REFERENCE), dynamic=False)
         functions = (case.function(REFERENCE), case.function(COMPILED), compiled)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in case.dtypes:
             torch.manual_seed(0)
             inputs = case.inputs(sizes, dtype)
             for is_backward in (False, True):
-                seconds = time_in_turn([passes(f, inputs, is_backward) for f in functions], rounds)
+                seconds = time_in_turn([passes(f, inputs, is_backward) for f in functions], rounds, device)
                 least, middle = [min(s) for s in seconds], [statistics.median(s) for s in seconds]
                 cells = [f"{low * 1e3:.1f} / {mid * 1e3:.1f}" for low, mid in zip(least, middle, strict=True)]
                 ratios = [f"{least[i] / least[1]:.1f} / {middle[i] / middle[1]:.1f}" for i in (0, 2)]
                 both = "forward + backward" if is_backward else "forward"
+                if bandwidth:
+                    share = bytes_of(functions[1], inputs) / least[1] / bandwidth
+                    ratios.append("" if is_backward else f"{share:.0%}")
                 lines.append(f"| {' | '.join([case.name, str(dtype)[6:], both, *cells, *ratios])} |")
                 print(lines[-1], file=sys.stderr, flush=True)
     return lines
@@ -206,14 +329,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="of every op (default %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="training steps of a process; 0: none (%(default)s)")
     parser.add_argument("--step-rounds", type=int, default=2, help="processes of each setting (default %(default)s)")
+    parser.add_argument("--only", default="", help="ops whose names have this in them; step: the training steps alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the ops (default %(default)s)")
     parser.add_argument("--out", type=Path, help="write the page there too")
     arguments = parser.parse_args(argv)
     if reason := why_not_compiled():
         print(f"bench_ops: {reason}", file=sys.stderr)
         return 2
+    torch.set_default_device(arguments.device)
     sizes, load = Sizes(arguments.tokens, arguments.width, arguments.head), os.getloadavg()[0]
     page = [
-        "# Compiled ops on CPU",
+        "# Compiled ops on " + ("CPU" if arguments.device == "cpu" else "a GPU"),
         "",
         f"Command: `OMP_NUM_THREADS={torch.get_num_threads()} python tools/bench_ops.py --tokens {arguments.tokens} "
         f"--width {arguments.width} --rounds {arguments.rounds} --steps {arguments.steps} "
@@ -224,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{arguments.tokens:,} tokens x {arguments.width:,}; times and ratios are least / median of {arguments.rounds} "
         "interleaved rounds.",
         "",
-        *time_ops(sizes, arguments.rounds),
+        *time_ops(sizes, arguments.rounds, arguments.device, arguments.only),
     ]
     if arguments.steps:
         page += [

@@ -1,0 +1,170 @@
+"""The parts of tools/gpu_check.sh that are Python: is there a GPU, what it can do at most, timed steps, the page.
+
+python tools/gpu_check.py device
+python tools/gpu_check.py ceiling --device cuda --json ceiling.json
+python tools/gpu_check.py step wan_1b --device cuda --ceiling ceiling.json --json step.json
+python tools/gpu_check.py page FOLDER --out docs/benchmarks/gpu_check.md
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_peer import Shape, alone, ours, run_config
+
+from megavid.ops.compiled import compiled_devices
+from megavid.plan.flops import model_flops
+from megavid.plan.memory import memory_of
+from megavid.plan.workload import Workload
+from megavid.profiling.instrument import forced_balance
+from megavid.training.profile_report import cpu_name
+
+GIB = 2**30
+
+
+def device_name(device: str) -> str:
+    """What the figures are of."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()} (CPU, dry run)"
+
+
+def seconds_of(call: Callable[[], Any], device: str, times: int) -> list[float]:
+    """Wall time of each call, the first one left out."""
+    found = []
+    for _ in range(times + 1):
+        began = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return found[1:]
+
+
+def find_device() -> int:
+    """Say which GPU there is; status 2 without one."""
+    if not torch.cuda.is_available():
+        kind = "a CPU build of torch" if torch.version.cuda is None else "no driver, or no device"
+        print(f"gpu_check: no CUDA device ({kind}): nothing was measured on a GPU", file=sys.stderr)
+        return 2
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, compiled ops for {compiled_devices() or 'none'}")
+    return 0
+
+
+def measure_ceiling(device: str) -> dict[str, Any]:
+    """The most that matrix products in bf16 and copies reach here."""
+    size = 8192 if device == "cuda" else 512
+    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    product_s = statistics.median(seconds_of(lambda: left @ right, device, 20))
+    source = torch.empty(2**28 if device == "cuda" else 2**22, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copy_s = statistics.median(seconds_of(lambda: target.copy_(source), device, 20))
+    return {
+        "device": device_name(device),
+        "matrix_tflops": 2 * size**3 / product_s / 1e12,
+        "copy_gbs": 2 * source.nbytes / copy_s / 1e9,
+    }
+
+
+def measure_step(arguments: argparse.Namespace) -> dict[str, Any]:
+    """TFLOP/s, share of the ceiling, and memory against the plan, of training steps on one clip."""
+    device, shape = arguments.device, Shape(tuple(arguments.grid), arguments.layers)
+    config = run_config(arguments.preset, shape, "bf16", arguments.ops)
+    with alone(config, device) as mesh:
+        torch.manual_seed(0)
+        step = ours(config, mesh, shape)
+        balance = forced_balance(step.engine) if arguments.routing == "forced" else contextlib.nullcontext()
+        with balance:
+            seconds = seconds_of(step, device, arguments.steps)
+        planned = memory_of(config, mesh.layout, 0, Workload((shape.tokens,), shape.tokens, 1, "gpu_check"))
+    flops = 3 * model_flops(config.model, (shape.tokens,)).total
+    ceiling = json.loads(arguments.ceiling.read_text())
+    tflops = flops / statistics.median(seconds) / 1e12
+    return {
+        "step": f"{arguments.preset}, {arguments.layers} layers, {shape.tokens:,} tokens",
+        "routing": arguments.routing,
+        "attention": config.parallel.attention_backend,
+        "ops": arguments.ops,
+        "seconds": seconds,
+        "tflops": tflops,
+        "mfu": tflops / ceiling["matrix_tflops"],
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if device == "cuda" else None,
+        "planned_gib": planned.total / GIB,
+    }
+
+
+def page_of(folder: Path) -> list[str]:
+    """Markdown of everything that a run of gpu_check.sh left in its folder."""
+    ceiling = json.loads((folder / "ceiling.json").read_text())
+    lines = ["# Everything that needs a GPU, in one run", "", "Command: `tools/gpu_check.sh`", ""]
+    lines += [
+        f"{ceiling['device']}. Ceilings of the same run: {ceiling['matrix_tflops']:.1f} TFLOP/s for matrix products in "
+        f"bf16, {ceiling['copy_gbs']:.0f} GB/s for copies.",
+        "",
+        "| step | status | seconds |",
+        "| --- | --- | ---: |",
+    ]
+    for row in (folder / "steps.tsv").read_text().splitlines():
+        name, status, seconds = row.split("\t")
+        lines.append(f"| {name} | {status} | {seconds} |")
+    lines += [
+        "",
+        "| training step in bf16 | routing | attention | `train.ops` | step, s (least) | TFLOP/s | of the ceiling "
+        "| reserved, GiB | planned, GiB |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for file in sorted(folder.glob("step_*.json")):
+        found = json.loads(file.read_text())
+        reserved = "-" if found["reserved_gib"] is None else f"{found['reserved_gib']:.1f}"
+        cells = [found["step"], found["routing"], found["attention"], found["ops"]]
+        cells += [f"{statistics.median(found['seconds']):.3f} ({min(found['seconds']):.3f})", f"{found['tflops']:.3g}"]
+        cells += [f"{found['mfu']:.1%}", reserved, f"{found['planned_gib']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, title in (("ops", "Compiled ops"), ("peer", "Against diffusers")):
+        file = folder / f"{name}.log"
+        if file.exists():
+            rows = [line for line in file.read_text().splitlines() if line.startswith("|")]
+            lines += ["", f"## {title}", "", *rows]
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    parts.add_parser("device", help="name the GPU; status 2 without one")
+    ceiling = parts.add_parser("ceiling", help="matrix products and copies")
+    step = parts.add_parser("step", help="training steps of one clip")
+    step.add_argument("preset", help="whose widths")
+    step.add_argument("--layers", type=int, default=4, help="of it (default %(default)s)")
+    step.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="tokens: frames, rows, columns")
+    step.add_argument("--steps", type=int, default=5, help="timed (default %(default)s)")
+    step.add_argument("--ops", default="compiled", help="train.ops (default %(default)s)")
+    step.add_argument("--routing", choices=("real", "forced"), default="real", help="of experts (default %(default)s)")
+    step.add_argument("--ceiling", type=Path, required=True, help="what `ceiling` wrote")
+    page = parts.add_parser("page", help="put the figures together")
+    page.add_argument("folder", type=Path, help="of a run of gpu_check.sh")
+    page.add_argument("--out", type=Path, required=True, help="the page")
+    for measured in (ceiling, step):
+        measured.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default %(default)s)")
+        measured.add_argument("--json", type=Path, required=True, help="where the figures go")
+    arguments = parser.parse_args(argv)
+    match arguments.part:
+        case "device":
+            return find_device()
+        case "page":
+            arguments.out.write_text("\n".join(page_of(arguments.folder)) + "\n")
+        case part:
+            found = measure_ceiling(arguments.device) if part == "ceiling" else measure_step(arguments)
+            print(json.dumps(found))
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Everything of this repository that needs a GPU, in one run: builds csrc, runs tests/gpu, times the ops and training
+# steps, and writes JSON and a table. Not run on a GPU yet.
+#
+#   tools/gpu_check.sh               on a machine with a GPU; the page goes to docs/benchmarks/gpu_check.md
+#   tools/gpu_check.sh --dry-run     the same steps on CPU at sizes that say nothing, to see that they run; status 2
+#
+# OUT=FOLDER: where logs and figures go (default runs/gpu_check). PYTHON=...: the interpreter (default python).
+# Status 0: every step passed; 1: one did not (its log is in OUT); 2: there is no CUDA device.
+#
+# Not in here, because the repository has no such thing yet: parity of layers of Transformer Engine, FP8 on a GPU,
+# law 1 with four ranks on one GPU.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python} out=${OUT:-runs/gpu_check} device=cuda page=docs/benchmarks/gpu_check.md
+failed=0
+
+if ! "$python" tools/gpu_check.py device; then
+  if [ "${1:-}" != --dry-run ]; then
+    echo "gpu_check: --dry-run runs the same steps on CPU" >&2
+    exit 2
+  fi
+  device=cpu
+elif [ "${1:-}" = --dry-run ]; then
+  device=cpu
+fi
+mkdir -p "$out"
+rm -f "$out"/*.json "$out"/*.log "$out"/steps.tsv
+
+step() { # NAME COMMAND...: run, keep the log, go on whatever comes
+  local name=$1 began=$SECONDS status
+  shift
+  echo "gpu_check: $name" >&2
+  "$@" >"$out/$name.log" 2>&1
+  status=$?
+  if [ $status -ne 0 ]; then
+    failed=1
+    tail -n 5 "$out/$name.log" >&2
+  fi
+  printf '%s\t%s\t%s\n' "$name" "$([ $status -eq 0 ] && echo passed || echo "failed ($status)")" $((SECONDS - began)) \
+    >>"$out/steps.tsv"
+}
+
+if [ $device = cuda ]; then
+  ops=(--tokens 32768 --width 1536 --rounds 20)
+  dense=(--layers 30) moe=(wan_moe_7b_a2b --layers 6) peer=(--layers 30 --grid 21 30 52 --rounds 5)
+  step build "$python" setup.py build_ext --inplace
+else
+  page=$out/gpu_check.md
+  ops=(--tokens 512 --width 256 --rounds 1 --only router_topk)
+  dense=(--layers 1 --grid 1 4 4 --steps 1) moe=(tiny --layers 4 --grid 1 4 4 --steps 1)
+  peer=(--layers 1 --grid 1 4 4 --rounds 1 --only megavid "diffusers, eager")
+fi
+step tests "$python" -m pytest -q tests/gpu
+step ceiling "$python" tools/gpu_check.py ceiling --device $device --json "$out/ceiling.json"
+step ops "$python" tools/bench_ops.py --device $device "${ops[@]}" --steps 0
+for choice in reference compiled; do
+  step "wan_1b_$choice" "$python" tools/gpu_check.py step wan_1b --device $device --ops $choice "${dense[@]}" \
+    --ceiling "$out/ceiling.json" --json "$out/step_wan_1b_$choice.json"
+done
+for routing in real forced; do
+  step "moe_$routing" "$python" tools/gpu_check.py step "${moe[@]}" --device $device --routing $routing \
+    --ceiling "$out/ceiling.json" --json "$out/step_moe_$routing.json"
+done
+step peer "$python" tools/bench_peer.py --device $device --dtype bf16 --no-profile "${peer[@]}"
+step page "$python" tools/gpu_check.py page "$out" --out "$page"
+
+cat "$page"
+if [ $device = cpu ]; then
+  said=$([ $failed -eq 0 ] && echo "all steps ran" || echo "a step failed (above)")
+  echo "gpu_check: dry run on CPU, $said; no CUDA device was measured" >&2
+  exit 2
+fi
+exit $failed
