@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
     print(f"  matrix product  {machine.peak['fp32'] / 1e9:8.1f} GFLOP/s in fp32")
     print(f"  memory          {machine.memory_rate / 1e9:8.1f} GB/s")
     print(f"  between ranks   {machine.nvlink_rate / 1e9:8.2f} GB/s after {numbers['nvlink_latency_s'] * 1e6:.0f} us")
-    for name in PROBE_RANGES:
+    for name, cost in probed.calibration.calls.items():
+        print(f"    {name:22} {cost.rate / 1e9:6.2f} GB/s after {cost.latency_s * 1e6:.0f} us")
+    for name in (*PROBE_RANGES, "crowding"):
         print(f"  {name:22} {numbers[name]:.4g}")
     misfit = worst_misfit(machine, probed.calibration, list(probed.steps.values()))
     print(f"  fits its {len(probed.steps)} steps within {misfit:.0%}")

@@ -19,7 +19,8 @@ from megavid.cluster.health import Facts, disk_free_gib, gpu_troubles, versions_
 from megavid.parallel.host import host_name
 from megavid.parallel.mesh import Axis, Mesh
 from megavid.plan.calibration import save_probe
-from megavid.profiling.probe import hardware_of, start_of, time_kernels, time_links
+from megavid.profiling.links import time_links
+from megavid.profiling.probe import hardware_of, start_of, time_kernels
 
 AXES: tuple[Axis, ...] = ("tp", "cp", "dp", "pp", "ep", "etp", "edp")
 PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine")
@@ -105,7 +106,7 @@ def write_calibration(mesh: Mesh, path: Path, seconds: float) -> bool:
         return False
     kernels: Any = time_kernels(seconds / 6) if mesh.is_main else None
     dist.barrier()
-    links = time_links(seconds / 20)
+    links = time_links(seconds / 3)
     if mesh.is_main:
         name = f"{host_name()} and {mesh.world_size - 1} ranks more"
         save_probe(path, hardware_of(kernels, links, name), start_of(kernels, links, name))

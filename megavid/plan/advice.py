@@ -1,7 +1,7 @@
 """What holds a run back, and what to try, in words.
 
 Owns the grouping of a step's parts into causes and the advice for each; it computes no time and no memory of its own,
-but asks ``memory`` what another setting would need before it recommends it.
+but asks ``memory`` and ``time`` what another setting would need before it recommends it.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megavid.config.schema import RunConfig
+from megavid.plan.calibration import Calibration
 from megavid.plan.critical_path import StepTime
 from megavid.plan.goodput import LLAMA3_GPUS, LLAMA3_STORAGE_RATE
 from megavid.plan.hardware import Hardware
 from megavid.plan.layout import Layout, microbatches_of_step
 from megavid.plan.memory import GIB, Memory, worst_memory
+from megavid.plan.time import step_time
 from megavid.plan.workload import Workload
 
 CAUSES: Mapping[str, tuple[str, ...]] = {
@@ -69,6 +71,7 @@ class _Case:
     memory: Memory
     limit: float
     time: StepTime
+    calibration: Calibration
 
 
 def causes_of(time: StepTime) -> dict[str, float]:
@@ -85,6 +88,7 @@ def binding_of(
     hardware: Hardware,
     memory: Memory,
     time: StepTime,
+    calibration: Calibration,
     *,
     headroom: float,
 ) -> Binding:
@@ -97,9 +101,12 @@ def binding_of(
         hardware: what it runs on.
         memory: of the fullest rank.
         time: of a step.
+        calibration: that it was predicted with.
         headroom: share of memory that has to stay free.
     """
-    case = _Case(config, layout, workload, hardware, memory, hardware.memory_bytes * (1.0 - headroom), time)
+    case = _Case(
+        config, layout, workload, hardware, memory, hardware.memory_bytes * (1.0 - headroom), time, calibration
+    )
     causes = causes_of(time)
     advice = [
         sentence
@@ -179,7 +186,7 @@ def _of_recompute(case: _Case) -> str:
 def _of_bubble(case: _Case) -> str:
     microbatches, layout = microbatches_of_step(case.config, case.layout), case.layout
     wanted = _next_chunks(case.config.model.num_layers, layout)
-    if wanted and microbatches % layout.pp == 0:
+    if wanted and microbatches % layout.pp == 0 and _is_faster_with_chunks(case, wanted):
         return f"a smaller bubble: parallel.virtual_pipeline = {wanted} instead of {layout.vpp}"
     return (
         f"a smaller bubble: more than {microbatches} microbatches for {layout.pp} stages (a larger "
@@ -260,6 +267,16 @@ _ADVICE: Mapping[str, Callable[[_Case], str]] = {
 def _with_recompute(case: _Case, mode: Literal["none", "selective", "full"] | str) -> Memory:
     parallel = replace(case.config.parallel, recompute=mode)  # type: ignore[arg-type]
     return worst_memory(replace(case.config, parallel=parallel), case.layout, case.workload, hardware=case.hardware)[1]
+
+
+def _is_faster_with_chunks(case: _Case, chunks: int) -> bool:
+    """Whether a step of so many chunks a stage takes less time: more of them also send and hold more."""
+    config = replace(case.config, parallel=replace(case.config.parallel, virtual_pipeline=chunks))
+    layout = replace(case.layout, vpp=chunks)
+    needed = worst_memory(config, layout, case.workload, hardware=case.hardware)[1].total
+    if needed > max(case.limit, case.memory.total):
+        return False
+    return step_time(config, layout, case.workload, case.hardware, case.calibration).total < case.time.total
 
 
 def _next_chunks(num_layers: int, layout: Layout) -> int:

@@ -254,7 +254,7 @@ def plan_run(config: RunConfig, workload: Workload, job: Job) -> Answer:
         evidence=basis.text,
         goodput=_goodput(config, job, time.total, host),
         budget_tokens=job.budget_tokens or float(config.train.steps * workload.packs_per_step * workload.tokens),
-        binding=binding_of(config, layout, workload, hardware, memory, time, headroom=job.headroom),
+        binding=binding_of(config, layout, workload, hardware, memory, time, job.calibration, headroom=job.headroom),
         notes=_notes(config, layout, transfers, job.calibration),
     )
 

@@ -33,11 +33,30 @@ PROBE_RANGES: Mapping[str, tuple[float, float]] = {
     "glue_factor": (0.05, 5.0),
     "operator_s": (1e-6, 1e-4),
     "step_s": (0.0, 0.1),
-    "nvlink_efficiency": (0.1, 1.5),
 }
 """Numbers that a probe fits to a few timed steps of small models (``fitting.fit_numbers``), after it has measured the
-peak, the memory rate and the links by themselves: a kernel alone in a loop finds warm caches that a step does not, and
-a link alone no rank that comes late."""
+peak and the memory rate by themselves: a kernel alone in a loop finds warm caches that a step does not. Nothing of the
+links is fitted to steps: few collectives are in those that a probe has time for, and a rate that they alone tell would
+take up whatever else is slow in them."""
+BESIDE = " beside"
+"""Ends the name of a collective's cost where it runs beside computation."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """What one kind of collective adds to the computation around it.
+
+    Attributes:
+        latency_s: seconds of a tiny one of two ranks.
+        rate: bytes/s that a rank sends, beyond that.
+    """
+
+    latency_s: float
+    rate: float
+
+    def __post_init__(self) -> None:
+        require(self.latency_s >= 0, f"calibration: latency_s = {self.latency_s} of a collective must be at least 0")
+        require(self.rate > 0, f"calibration: rate = {self.rate} of a collective must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +84,7 @@ class Calibration:
             bytes.
         estimated_glue_factor: the same for published models, whose bytes are estimated as if fused; in the hindcast
             only. Probe: 1.0.
-        nvlink_efficiency: share of the NVLink rate that collectives in one domain reach. Probe: against the rate of
-            collectives timed by themselves between local ranks (gloo on a CPU), fitted to steps of two replicas.
+        nvlink_efficiency: share of the NVLink rate that collectives in one domain reach. Probe: 1.0, and ``calls``.
         network_efficiency: share of the network rate that rings across domains reach. Probe: as above.
         alltoall_efficiency: share of the network rate that all-to-alls across domains reach. Probe: rate of a large
             all-to-all over the rate of the large all-reduce.
@@ -81,8 +99,13 @@ class Calibration:
         expert_overlap: share of expert all-to-alls hidden when one microbatch's run beside another's computation.
         routing_imbalance: rows of the busiest expert-parallel rank over the mean under real, trained routing. Probe:
             1.0; short runs measure it in their own metrics.
+        crowding: seconds of computation where every core has a rank over those where one rank runs alone. Probe: the
+            same computation by one rank and by two at once. It counts for runs of more than one rank.
         is_asynchronous: whether operators run behind the host's back (GPUs), so that issuing them is hidden while the
             device is busy. Probe: false on a CPU.
+        calls: cost of a collective in one domain by c10d's name, with ``BESIDE`` behind it where it runs beside
+            computation; one that is not there takes what the link's rate and latency say. Probe: each kind between
+            computations.
         source: where each number comes from, by field.
     """
 
@@ -105,13 +128,15 @@ class Calibration:
     step_s: float
     expert_overlap: float
     routing_imbalance: float
+    crowding: float
     is_asynchronous: bool = True
+    calls: Mapping[str, CallCost] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
             value = self.numbers()[name]
-            low = 1.0 if name == "routing_imbalance" else 0.0
+            low = 1.0 if name in ("routing_imbalance", "crowding") else 0.0
             require(value >= low, f"calibration '{self.name}': {name} = {value} must be at least {low}")
         for name in POSITIVE:
             value = self.numbers()[name]
@@ -137,16 +162,22 @@ class Calibration:
             ConfigError: a field is missing, unknown, or no number.
         """
         known = {entry.name for entry in fields(cls)}
-        missing, unknown = known - measured.keys() - {"source", "is_asynchronous"}, measured.keys() - known
+        missing, unknown = known - measured.keys() - OPTIONAL, measured.keys() - known
         require(not missing, f"calibration lacks {', '.join(sorted(missing))}; run the probe of this version again")
         require(not unknown, f"calibration has unknown keys {', '.join(sorted(unknown))}")
         for name in NUMBERS:
             value = measured[name]
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             require(is_number, f"calibration: {name} = {value!r} must be a number")
-        return cls(**measured)  # type: ignore[arg-type]
+        try:
+            calls = {name: CallCost(**cost) for name, cost in dict(measured.get("calls", {})).items()}  # type: ignore[call-overload]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"calibration: calls do not fit this version: {error}; run the probe again") from error
+        return cls(**{**measured, "calls": calls})  # type: ignore[arg-type]
 
 
+OPTIONAL = {"source", "is_asynchronous", "calls"}
+"""Fields that a file may lack."""
 NUMBERS = tuple(entry.name for entry in fields(Calibration) if entry.type is float or entry.type == "float")
 """Fields that are efficiencies or latencies."""
 

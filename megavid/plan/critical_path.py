@@ -121,7 +121,7 @@ def _stage_time(stage: Stage, schedule: Schedule, machine: Machine) -> StepTime:
     parts["bubble"] = bubble_share(schedule) * (sum(parts.values()) - once)
     calibration = machine.calibration
     parts["optimizer"] = stage.optimizer_bytes / machine.memory_rate + calibration.step_s
-    parts["host"] += 0.0 if calibration.is_asynchronous else stage.optimizer_operators * calibration.operator_s
+    parts["host"] += 0.0 if calibration.is_asynchronous else stage.optimizer_operators * machine.operator_s
     return StepTime({part: seconds for part, seconds in parts.items() if seconds > 0})
 
 
@@ -159,7 +159,7 @@ def _exposed(stage: Stage, schedule: Schedule, machine: Machine, compute: _Compu
     for exchange in stage.exchanges:
         seconds = machine.exchange(exchange)
         if not machine.calibration.is_asynchronous:
-            pass  # Ranks that compute are the ranks that copy: what runs beside a product takes its cores from it.
+            pass  # Ranks that compute are the ranks that copy: a probe measures what is left of one beside a product.
         elif exchange.beside == "pieces":
             # Cut in as many as there are ranks, each beside a piece of a product; the first has nothing beside it.
             seconds /= exchange.group_size
@@ -196,6 +196,6 @@ def _hiding(schedule: Schedule, compute: _Compute) -> dict[str, float]:
 def _host(stage: Stage, count: int, device: float, machine: Machine) -> float:
     """Time that the device waits for the host: for its operators, or at the points where it has to."""
     calibration = machine.calibration
-    issue = stage.operators * count * calibration.operator_s
+    issue = stage.operators * count * machine.operator_s
     stalls = stage.stalls * count * calibration.stall_s
     return stalls + (max(0.0, issue - device) if calibration.is_asynchronous else issue)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megavid.plan.calibration import Calibration
+from megavid.plan.calibration import BESIDE, Calibration, CallCost
 from megavid.plan.hardware import Hardware
 
 BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}
@@ -100,21 +100,39 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine with its calibration, in one number format: seconds of kernels and collectives."""
+    """A machine with its calibration, in one number format: seconds of kernels and collectives.
+
+    Attributes:
+        hardware: rates of every rank.
+        calibration: what kernels and links reach of them.
+        dtype: number format of the activations.
+        is_crowded: other ranks compute at the same time, so that ``Calibration.crowding`` counts.
+    """
 
     hardware: Hardware
     calibration: Calibration
     dtype: str = "bf16"
+    is_crowded: bool = False
+
+    @property
+    def slowdown(self) -> float:
+        """Seconds of computation over those of a rank that is alone."""
+        return self.calibration.crowding if self.is_crowded else 1.0
+
+    @property
+    def operator_s(self) -> float:
+        """Seconds of host time to issue one operator."""
+        return self.calibration.operator_s * self.slowdown
 
     @cached_property
     def memory_rate(self) -> float:
         """Bytes/s that memory-bound kernels reach."""
-        return self.hardware.memory_rate * self.calibration.memory_efficiency
+        return self.hardware.memory_rate * self.calibration.memory_efficiency / self.slowdown
 
     @cached_property
     def product_rate(self) -> float:
         """FLOP/s that a matrix product of large operands reaches."""
-        return self.hardware.peak_of(self.dtype) * self.calibration.matrix_efficiency
+        return self.hardware.peak_of(self.dtype) * self.calibration.matrix_efficiency / self.slowdown
 
     def product(self, work: Product) -> tuple[float, float]:
         """Forward and backward seconds: arithmetic, and the operands' way through memory on top of it.
@@ -139,6 +157,7 @@ class Machine:
         calibration = self.calibration
         filled = work.keys / (work.keys + calibration.attention_half_keys)
         filled *= calibration.ring_efficiency if work.is_ring else 1.0
+        filled /= self.slowdown
         rate = self.hardware.peak_of(self.dtype) * calibration.attention_efficiency
         exponentials = work.exponentials / self.hardware.exponential_rate
         forward = work.flops / rate
@@ -156,6 +175,9 @@ class Machine:
         if work.group_size <= 1 or (work.bytes <= 0 and work.calls <= 0):
             return 0.0
         calibration, hardware = self.calibration, self.hardware
+        measured = self._measured(work)
+        if measured is not None:
+            return work.bytes / measured.rate + work.calls * math.log2(work.group_size) * measured.latency_s
         nvlink = hardware.nvlink_rate * calibration.nvlink_efficiency
         network = hardware.network_rate * calibration.network_efficiency
         hops = math.log2(work.group_size)
@@ -171,3 +193,10 @@ class Machine:
         # A ring enters and leaves a domain once, over the network cards of all the group's ranks in it.
         lanes = work.ranks_per_domain if work.operation != "send" else 1
         return work.bytes / min(nvlink, lanes * network) + latency
+
+    def _measured(self, work: Exchange) -> CallCost | None:
+        """What this kind of collective was measured to cost; None where it was not, or leaves the domain."""
+        calls = self.calibration.calls
+        if work.ranks_per_domain < work.group_size:
+            return None
+        return (calls.get(work.operation + BESIDE) if work.beside else None) or calls.get(work.operation)

@@ -112,17 +112,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         config.data.pack_tokens % (tp * cp) == 0,
         f"data.pack_tokens = {config.data.pack_tokens} must be a multiple of parallel.tensor x context = {tp * cp}",
     )
-    require(
-        config.log.sample_interval_steps == 0 or config.diffusion.has_all_levels,
-        f"log.sample_interval_steps = {config.log.sample_interval_steps} needs all noise levels, this model is "
-        f"trained from diffusion.sigma_min = {config.diffusion.sigma_min} to sigma_max = "
-        f"{config.diffusion.sigma_max}; set 0, and sample with both experts later",
-    )
-    require(
-        not config.log.sample_prompts or config.model.task != "i2v",
-        "log.sample_prompts must be empty with model.task = 'i2v', which needs a picture too; "
-        "log.sample_interval_steps alone draws from pictures of held-out clips",
-    )
+    _check_samples(config)
     _check_adapters(config)
     microbatches = train.global_batch_size // (train.micro_batch_size * dp)
     require(
@@ -150,6 +140,20 @@ def _check_rollback(config: RunConfig) -> None:
         f"{kept.interval_steps} and checkpoint.keep_last = {kept.keep_last} keep "
         + (f"{reach} steps at the least" if kept.interval_steps else "the last step's only")
         + "; raise one of them, or go back fewer steps",
+    )
+
+
+def _check_samples(config: RunConfig) -> None:
+    require(
+        config.log.sample_interval_steps == 0 or config.diffusion.has_all_levels,
+        f"log.sample_interval_steps = {config.log.sample_interval_steps} needs all noise levels, this model is "
+        f"trained from diffusion.sigma_min = {config.diffusion.sigma_min} to sigma_max = "
+        f"{config.diffusion.sigma_max}; set 0, and sample with both experts later",
+    )
+    require(
+        not config.log.sample_prompts or config.model.task != "i2v",
+        "log.sample_prompts must be empty with model.task = 'i2v', which needs a picture too; "
+        "log.sample_interval_steps alone draws from pictures of held-out clips",
     )
 
 

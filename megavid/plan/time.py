@@ -50,7 +50,8 @@ def step_time(
         vpp=layout.vpp,
         imbalance=calibration.routing_imbalance if has_load else 1.0,
     )
-    return step_time_of(stages, schedule, Machine(hardware, calibration, config.precision.dtype))
+    machine = Machine(hardware, calibration, config.precision.dtype, is_crowded=layout.world_size > 1)
+    return step_time_of(stages, schedule, machine)
 
 
 def mfu(config: RunConfig, layout: Layout, workload: Workload, hardware: Hardware, seconds: float) -> float:

@@ -1,8 +1,7 @@
-"""What a machine at hand reaches, measured by itself: kernels, links, and the numbers that a few timed steps are fitted
-with.
+"""What a machine at hand reaches, measured by itself: kernels, and the numbers that a few timed steps are fitted with.
 
-Owns the timing of single kernels and collectives, and the arithmetic from seconds to the ``Hardware`` and the
-``Calibration`` that the planner reads. The training steps are timed by ``megavid.training.probe_run``.
+Owns the timing of single kernels, and the arithmetic from seconds to the ``Hardware`` and the ``Calibration`` that the
+planner reads. Collectives are timed by ``megavid.profiling.links``, training steps by ``megavid.training.probe_run``.
 """
 
 import math
@@ -13,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megavid.config.schema import RunConfig
 from megavid.plan.calibration import PROBE_RANGES, Calibration
@@ -22,6 +20,7 @@ from megavid.plan.hardware import Hardware
 from megavid.plan.layout import Layout
 from megavid.plan.time import step_time
 from megavid.plan.workload import Workload
+from megavid.profiling.links import LARGE_BYTES, Links
 
 Clock = Callable[[], float]
 """Seconds since any moment."""
@@ -35,16 +34,9 @@ HEADS, HEAD_SIZE = 2, 64
 """Of the attention that is timed."""
 CHAIN = 200
 """Operators on one number each, forward and backward, that tell what issuing one costs."""
-LARGE_BYTES = 1 << 20
-"""Of the tensor in a collective that tells a link's rate: what small models send. Far larger ones go faster on gloo."""
-BETWEEN_ROWS = 320
-"""Rows of the square matrices that are multiplied between two collectives, about a millisecond: ranks that come from
-work of their own wait for each other and wake up, which a loop of nothing but collectives hides."""
-SLOWEST_LEFT_OUT = 0.1
-"""Share of a collective's calls, the slowest, that are taken for interruptions."""
 LEAST_REPEATS = 3
-EXPECTED = ("matrix_efficiency", "attention_efficiency", "glue_factor", "nvlink_efficiency")
-"""Numbers that the fit draws to where they start, what kernels and links reach alone."""
+EXPECTED = ("matrix_efficiency", "attention_efficiency", "glue_factor")
+"""Numbers that the fit draws to where they start, what kernels reach alone."""
 EXPECTED_WEIGHT = 0.1
 """How hard, against 1 for a timed step: enough that no single interrupted step moves a number that it alone tells."""
 
@@ -71,21 +63,6 @@ class Kernels:
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
-    """What two ranks of this machine reach between them.
-
-    Attributes:
-        rate: bytes/s that one rank sends in large collectives: all of them that a step has, taken together.
-        alltoall_ratio: rate of the all-to-all over that, 1 at most.
-        latency_s: seconds of one tiny all-reduce between computations.
-    """
-
-    rate: float
-    alltoall_ratio: float
-    latency_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class TimedStep:
     """A training step that was timed.
 
@@ -102,7 +79,7 @@ class TimedStep:
     seconds: float
 
 
-# Kernels and links, timed
+# Kernels, timed
 
 
 def median_seconds(run: Callable[[], object], seconds: float, clock: Clock = time.perf_counter) -> float:
@@ -170,85 +147,6 @@ def _chain() -> None:
     value.backward()  # type: ignore[no-untyped-call]
 
 
-def time_links(seconds: float = 0.25, clock: Clock = time.perf_counter) -> Links:
-    """Time collectives between the ranks of the running world, about ``seconds`` each.
-
-    Ranks: collective over the world; rank 0's numbers count.
-    """
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    numel = LARGE_BYTES // 4
-    whole, other, part = torch.ones(numel), torch.empty(numel), torch.empty(numel // ranks)
-    tiny = torch.ones(2)
-
-    def passed_on() -> None:
-        """To the next rank and from the one before."""
-        works = [dist.isend(whole, (rank + 1) % ranks), dist.irecv(other, (rank - 1) % ranks)]
-        for work in works:
-            if work is not None:
-                work.wait()
-
-    away = LARGE_BYTES * (ranks - 1) / ranks  # what a ring sends of a tensor
-    operations: dict[str, tuple[Callable[[], object], float]] = {
-        "all_reduce": (lambda: dist.all_reduce(whole), 2 * away),
-        "all_gather": (lambda: dist.all_gather_into_tensor(whole, part), away),
-        "reduce_scatter": (lambda: dist.reduce_scatter_tensor(part, whole), away),
-        "all_to_all": (lambda: dist.all_to_all_single(other, whole), away),
-        "send": (passed_on, LARGE_BYTES),
-    }
-    latency_s = _together(lambda: dist.all_reduce(tiny), seconds, clock)
-    found = {name: (_together(run, seconds, clock), sent) for name, (run, sent) in operations.items()}
-    return links_of(latency_s, found)
-
-
-def links_of(latency_s: float, found: dict[str, tuple[float, float]]) -> Links:
-    """Rates of a link from the latency and (seconds, bytes) of one large call of each operation."""
-    moving = {name: max(seconds - latency_s, 0.01 * seconds) for name, (seconds, _) in found.items()}
-    rate = sum(sent for _, sent in found.values()) / sum(moving.values())
-    # One that takes no longer than a tiny all-reduce tells no rate: on gloo an all-to-all waits less.
-    return Links(rate, min(1.0, found["all_to_all"][1] / moving["all_to_all"] / rate), latency_s)
-
-
-def _together(run: Callable[[], object], seconds: float, clock: Clock) -> float:
-    """Mean time that a collective adds to computations around it, interruptions left out.
-
-    Not the time inside the call: the computation after one is slower too, its caches cold and its core just woken.
-
-    Ranks: collective over the world; they agree how often, or one would wait for ever.
-    """
-    work = _product(BETWEEN_ROWS, BETWEEN_ROWS, BETWEEN_ROWS)
-
-    def both() -> None:
-        work()
-        run()
-
-    once = torch.tensor(median_seconds(both, 0.0, clock))
-    dist.all_reduce(once, op=dist.ReduceOp.MAX)
-    count = max(LEAST_REPEATS, min(1000, int(seconds / max(float(once), 1e-7))))
-    alone, joined = _seconds_of_each(work, count, clock), _seconds_of_each(both, count, clock)
-    return added_seconds(alone, joined)
-
-
-def _seconds_of_each(run: Callable[[], object], count: int, clock: Clock) -> list[float]:
-    found = []
-    for _ in range(count):
-        began = clock()
-        run()
-        found.append(clock() - began)
-    return found
-
-
-def added_seconds(alone: Sequence[float], joined: Sequence[float]) -> float:
-    """What the second of two computations takes longer; never nothing, since it divides bytes."""
-    longer = mean_without_slowest(joined)
-    return max(longer - mean_without_slowest(alone), 0.01 * longer)
-
-
-def mean_without_slowest(found: Sequence[float]) -> float:
-    """Mean of what is left when the slowest tenth is taken away: half of the time a rank waits, so no median."""
-    kept = sorted(found)[: max(1, math.ceil(len(found) * (1.0 - SLOWEST_LEFT_OUT)))]
-    return statistics.fmean(kept)
-
-
 # From seconds to what the planner reads
 
 
@@ -268,7 +166,7 @@ def hardware_of(kernels: Kernels, links: Links, name: str) -> Hardware:
             "peak": "fastest fp32 matrix product of the probe, one thread",
             "memory_bytes": f"the machine's, over its {cores} cores",
             "memory_rate": f"copy of {COPY_BYTES >> 20} MiB, bytes read and written",
-            "nvlink_rate": f"collectives and sends of {LARGE_BYTES >> 20} MiB between two local ranks",
+            "nvlink_rate": f"collectives and sends of {LARGE_BYTES >> 20} MiB between local ranks",
             "nvlink_domain": "every rank of the machine",
             "network_rate": "as nvlink_rate: there is one machine",
         },
@@ -306,11 +204,14 @@ def start_of(kernels: Kernels, links: Links, name: str) -> Calibration:
         step_s=0.0,
         expert_overlap=0.0,
         routing_imbalance=1.0,
+        crowding=links.crowding,
         is_asynchronous=False,
+        calls=links.calls,
         source={
             "attention_backward_ratio": measured, "attention_half_keys": measured, "alltoall_efficiency": measured,
             "nvlink_latency_s": measured, "network_latency_s": measured, "memory_efficiency": given,
-            "network_efficiency": given, "ring_efficiency": "1.0: timed in no probe",
+            "network_efficiency": given, "nvlink_efficiency": given, "crowding": measured, "calls": measured,
+            "ring_efficiency": "1.0: timed in no probe",
             "estimated_glue_factor": "1.0: bytes are counted, not estimated", "stall_s": "0: operators run in order",
             "expert_overlap": "0: nothing runs beside computation", "routing_imbalance": "1.0: in no probe",
         },

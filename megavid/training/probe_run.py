@@ -31,21 +31,18 @@ from megavid.plan.calibration import Calibration, save_probe
 from megavid.plan.hardware import Hardware
 from megavid.plan.layout import Layout, layout_of, microbatches_of_step
 from megavid.plan.workload import Workload
-from megavid.profiling.probe import (
-    Links,
-    TimedStep,
-    fit_to_steps,
-    hardware_of,
-    start_of,
-    time_kernels,
-    time_links,
-)
+from megavid.profiling.links import time_links
+from megavid.profiling.probe import TimedStep, fit_to_steps, hardware_of, start_of, time_kernels
 from megavid.training.profile_report import cpu_name
 from megavid.training.state import TrainState
 from megavid.training.step import TrainStep
 
 STEP_SECONDS = 1.2
 """Time for the steps of one model of the probe, its warm-up left out."""
+PROBE_SECONDS = 29.0
+"""Of a whole probe: collectives are timed for what the kernels and the steps leave of it."""
+OVERHEAD_SECONDS, LEAST_LINK_SECONDS = 2.0, 3.0
+"""Of starting two ranks and of fitting; of the collectives, however long the rest took."""
 LEAST_STEPS, MOST_STEPS = 3, 60
 WARMUP = 2
 
@@ -122,18 +119,16 @@ class Case:
 
 PROBE_CASES = (
     Case(name="once a step", layers=2, width=64, ffn=128, clips=(64,)),
-    Case(name="operators", layers=8, width=64, ffn=128, clips=(64,), packs=3),
+    Case(name="operators", layers=8, width=64, ffn=128, clips=(64,), packs=2),
     Case(name="operators of experts", layers=6, width=64, ffn=128, clips=(64,), packs=2, experts=4, expert_ffn=64),
-    Case(name="products", layers=2, width=512, ffn=2048, clips=(512,)),
-    Case(name="memory", layers=3, width=192, ffn=384, clips=(256, 256), packs=2),
-    Case(name="attention", layers=2, width=128, ffn=256, clips=(1792,)),
-    Case(name="attention of two clips", layers=3, width=192, ffn=384, clips=(1024, 768)),
+    Case(name="products", layers=2, width=512, ffn=2048, clips=(320,)),
+    Case(name="memory", layers=3, width=192, ffn=384, clips=(256, 256)),
+    Case(name="attention", layers=2, width=128, ffn=256, clips=(1536,)),
+    Case(name="attention of two clips", layers=2, width=192, ffn=384, clips=(896, 640)),
     Case(name="experts", layers=4, width=256, ffn=1024, clips=(384,), experts=8, expert_ffn=256),
-    Case(name="replicas", ranks=2, layers=2, width=320, ffn=1280, clips=(448,), packs=2),
-    Case(name="small replicas", ranks=2, layers=4, width=192, ffn=768, clips=(256,), packs=2),
 )
-"""Models that the numbers are fitted to: each is slow for a reason of its own. All ranks are replicas, so that every
-other layout is predicted, not fitted."""
+"""Models that the numbers are fitted to: each is slow for a reason of its own. All have one rank: what several ranks
+cost each other is measured by itself, so that every layout of theirs is predicted, not fitted."""
 
 
 # One rank
@@ -245,27 +240,21 @@ def _launch(job: Callable[[RankEnv], Any], ranks: int, pipe: Any, parent: int) -
 
 
 def run_probe(cases: Sequence[Case] = PROBE_CASES, seconds: float = STEP_SECONDS) -> "Probed":
-    """Probe this machine: about 30 seconds.
+    """Probe this machine, within ``PROBE_SECONDS`` where it is not very slow.
 
     Args:
-        cases: models whose steps the numbers are fitted to, of one and of two ranks.
+        cases: models of one rank whose steps the numbers are fitted to.
         seconds: for the steps of each.
     """
     began = time.perf_counter()
-    alone = [case for case in cases if case.ranks == 1]
-    pairs = [case for case in cases if case.ranks == 2]
-    kernels = on_ranks(lambda env: time_kernels(seconds / 3), 1)
-    links, of_pairs = on_ranks(functools.partial(_links_and_steps, pairs, seconds), 2)
-    of_alone = on_ranks(functools.partial(time_cases, alone, seconds), 1)
-    medians = {name: statistics.median(found) for name, found in {**of_alone, **of_pairs}.items()}
-    steps = {case.name: case.timed(medians[case.name]) for case in cases}
+    kernels = on_ranks(lambda env: time_kernels(seconds / 5), 1)
+    found = on_ranks(functools.partial(time_cases, cases, seconds), 1)
+    left_s = began + PROBE_SECONDS - OVERHEAD_SECONDS - time.perf_counter()
+    links = on_ranks(lambda env: time_links(max(left_s, LEAST_LINK_SECONDS)), 2)
+    steps = {case.name: case.timed(statistics.median(found[case.name])) for case in cases}
     machine = hardware_of(kernels, links, cpu_name())
     calibration = fit_to_steps(machine, start_of(kernels, links, cpu_name()), list(steps.values()))
     return Probed(machine, calibration, steps, time.perf_counter() - began)
-
-
-def _links_and_steps(cases: Sequence[Case], seconds: float, env: RankEnv) -> tuple[Links, dict[str, list[float]]]:
-    return time_links(seconds / 6), time_cases(cases, seconds, env)
 
 
 @dataclass(frozen=True)

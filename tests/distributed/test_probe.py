@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from megavid.errors import ConfigError, MegavidError
 from megavid.parallel.launch import RankEnv
-from megavid.profiling.probe import Links, time_links
+from megavid.profiling.links import OVERLAPPED, WAITED, Links, name_of, time_links
 from megavid.training.probe_run import Case, on_ranks, time_cases
 from tests.support.ranks import RankPool
 
@@ -32,9 +32,12 @@ def test_ranks_time_the_same_number_of_steps_of_every_case(pool: RankPool) -> No
 
 def test_links_are_timed_between_ranks(pool: RankPool) -> None:
     for links in pool.run(2, links_job):
+        overlapped = {name_of(kind, is_beside=True) for kind in OVERLAPPED}
+        assert set(links.calls) == {*WAITED, *overlapped}
+        assert all(cost.rate > 1e6 and 0 <= cost.latency_s < 10 for cost in links.calls.values())
         assert links.rate > 1e6
-        assert 0 < links.latency_s < 10
-        assert links.alltoall_ratio > 0
+        assert 0 < links.alltoall_ratio <= 1
+        assert links.crowding >= 1.0
 
 
 def _fails(env: RankEnv) -> None:

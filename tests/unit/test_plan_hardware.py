@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megavid.plan.calibration import (
     NUMBERS,
     PROBE_RANGES,
     Calibration,
+    CallCost,
     default_calibration,
     load_calibration,
     load_probe,
@@ -108,6 +110,18 @@ def test_a_probed_machine_survives_its_file(tmp_path: Path) -> None:
     assert load_probe(path) == (machine, default_calibration())
     assert load_calibration(path) == default_calibration()
     assert set(PROBE_RANGES) <= set(NUMBERS)
+    measured = replace(default_calibration(), crowding=1.2, calls={"send": CallCost(1e-3, 1e9)})
+    save_probe(path, machine, measured)
+    assert load_probe(path) == (machine, measured)
+    for calls, reason in (
+        ({"send": {"rate": 1e9}}, "run the probe again"),
+        ({"send": {"rate": 0.0, "latency_s": 0.0}}, "rate = 0.0 of a collective must be above"),
+    ):
+        table = json.loads(path.read_text())
+        table["calibration"]["calls"] = calls
+        path.write_text(json.dumps(table))
+        with pytest.raises(ConfigError, match=reason):
+            load_probe(path)
     path.write_text(json.dumps({"hardware": {"name": "cpu"}, "calibration": {}}))
     with pytest.raises(ConfigError, match=r"hardware does not fit this version: .*peak"):
         load_probe(path)

@@ -6,7 +6,7 @@ import pytest
 
 from megavid.config.load import load_run
 from megavid.config.schema import RunConfig
-from megavid.plan.calibration import PROBE_RANGES, Calibration, default_calibration
+from megavid.plan.calibration import PROBE_RANGES, Calibration, CallCost, default_calibration
 from megavid.plan.critical_path import Schedule, Stage, bubble_share, step_time_of
 from megavid.plan.fitting import fit_numbers
 from megavid.plan.flops import stage_flops
@@ -251,6 +251,30 @@ def test_a_cpu_pays_for_every_operator() -> None:
     assert mfu(config, layout, workload, machine, base.total) > 0
     # The same numbers on a device that runs behind the host's back: hidden where the device is busy.
     assert step_time(config, layout, workload, machine, replace(calibration, is_asynchronous=True)).total < base.total
+
+
+def test_a_collective_costs_what_was_measured_of_its_kind() -> None:
+    machine, calibration = cpu(nvlink_latency_s=1e-3)
+    calls = {"all_gather": CallCost(2e-3, 5e8), "all_gather beside": CallCost(1e-4, 4e9)}
+    measured, plain = (Machine(machine, replace(calibration, calls=found)) for found in (calls, {}))
+    waited = Exchange("tp", "all_gather", 3, 6e6, 4, 4)
+    assert measured.exchange(waited) == pytest.approx(6e6 / 5e8 + 3 * 2 * 2e-3)
+    assert measured.exchange(replace(waited, beside="products")) == pytest.approx(6e6 / 4e9 + 3 * 2 * 1e-4)
+    # Of a kind that was not measured the link's rate, and of one that leaves the domain the network's.
+    for other in (replace(waited, operation="all_reduce"), replace(waited, ranks_per_domain=2)):
+        assert measured.exchange(other) == plain.exchange(other) > 0
+
+
+def test_ranks_that_compute_at_once_slow_each_other_down() -> None:
+    config = load_run("tiny", [])
+    machine, calibration = cpu()
+    for world, slower in ((1, 1.0), (2, 1.3)):
+        plan = config, layout_of(config, world), workload_of_run(config)
+        base = step_time(*plan, machine, replace(calibration, crowding=1.0)).parts
+        crowded = step_time(*plan, machine, replace(calibration, crowding=1.3)).parts
+        for part in ("projections", "self_attention", "glue", "host"):
+            assert crowded[part] == pytest.approx(base[part] * slower), part
+        assert crowded.get("data") == base.get("data")
 
 
 def test_a_probe_finds_the_numbers_of_a_machine_from_a_few_steps() -> None:
