@@ -34,7 +34,7 @@ OVERLAPPED = ("all_reduce", "all_gather", "reduce_scatter", "send")
 """Kinds that the engine runs beside computation."""
 SEGMENTS = 5
 """Computations, and so calls of one collective, that are timed at once."""
-LEAST_ROUNDS = 2
+LEAST_ROUNDS = 1
 PLAIN_EVERY = 4
 """Chains with a collective, after which one without is timed again: every cost is a difference to it."""
 ROWS, WIDTH, HIDDEN = 96, 256, 768
