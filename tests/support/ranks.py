@@ -82,6 +82,10 @@ class RankPool:
         results = self._collect(world, timeout_s)
         return [results[rank] for rank in range(world)]
 
+    def renew(self) -> None:
+        """Kill the ranks: the next job has fresh ones. For after a library that changes torch itself."""
+        self._kill()
+
     def close(self) -> None:
         """End every process."""
         self._kill()
