@@ -11,8 +11,8 @@ AdamW.step()`, in fp32, or in bf16 either whole (weights and moments in bf16, le
 over fp32 weights. `compiled` is diffusers' own regional compilation, one graph for all blocks.
 
 In every round each of them takes one step, in turns that change; ratios are of the steps of one round, so that what
-disturbs the machine for a while disturbs both sides. Then one step of each under torch's profiler, for the share that
-is neither matrix product nor attention.
+disturbs the machine for a while disturbs both sides. Before that one step of each under torch's profiler, for the share
+that is neither matrix product nor attention.
 """
 
 import argparse
@@ -48,8 +48,8 @@ from megavid.training.model_step import train_step
 from megavid.training.profile_report import cpu_name
 
 LEARNING_RATE, CLIP_NORM, WEIGHT_DECAY = 1e-4, 1.0, 0.01
-WARM_STEPS = 2
-"""Steps of each before the first round; compilation falls into them."""
+WARM_STEPS = 1
+"""Steps of each before the first round; compilation falls into them, and the step under the profiler follows them."""
 PRODUCTS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::mkldnn_convolution",
     "aten::convolution_backward", "aten::_slow_conv2d_forward", "aten::slow_conv3d_forward", "mkl::_mkl_linear",
@@ -236,19 +236,36 @@ def contenders(arguments: argparse.Namespace, shape: Shape) -> Iterator[dict[str
             process.terminate()
 
 
-def time_in_turn(steps: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step in every round, the order turning from round to round."""
+def warm_up(steps: dict[str, Contender], is_profiled: bool) -> dict[str, Any]:
+    """First steps of each, and if asked what ``parts_of`` says of one more; one that fails is taken out."""
+    profiled = {}
+    for name, ask in list(steps.items()):
+        try:
+            seconds = [ask("step") for _ in range(WARM_STEPS)]
+            if is_profiled:
+                profiled[name] = ask("profile")
+        except EOFError:
+            del steps[name]
+            print(f"bench_peer: {name} failed (above)", file=sys.stderr, flush=True)
+            continue
+        told = ", ".join(f"{s:.1f}" for s in seconds)
+        print(f"bench_peer: {name}, warming up, s: {told}", file=sys.stderr, flush=True)
+    return profiled
+
+
+def time_in_turn(steps: dict[str, Contender], rounds: int, until: float) -> dict[str, list[float]]:
+    """Seconds of every step in every round, the order turning from round to round; no round may end after ``until``."""
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        warm = [steps[name]("step") for _ in range(WARM_STEPS)]
-        print(f"bench_peer: {name}, warming up, s: {', '.join(f'{s:.1f}' for s in warm)}", file=sys.stderr, flush=True)
     for turn in range(rounds):
+        began = time.perf_counter()
         for number in range(len(names)):
             name = names[(number + turn) % len(names)]
             seconds[name].append(steps[name]("step"))
         told = ", ".join(f"{name} {seconds[name][-1]:.2f}" for name in names)
         print(f"bench_peer: round {turn + 1} of {rounds}, s: {told}", file=sys.stderr, flush=True)
+        if 2 * time.perf_counter() - began > until:
+            break
     return seconds
 
 
@@ -292,8 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     parser.add_argument("--layers", type=int, default=4, help="of wan_1b's 30 (default %(default)s)")
-    parser.add_argument("--grid", type=int, nargs=3, default=(5, 26, 16), help="tokens: frames, rows, columns")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each (default %(default)s)")
+    parser.add_argument("--grid", type=int, nargs=3, default=(5, 13, 16), help="tokens: frames, rows, columns")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each at most (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=600, help="seconds that it may take (default %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="no profile on cuda (%(default)s)")
     parser.add_argument("--ops", default="compiled", help="train.ops (default %(default)s)")
     parser.add_argument("--no-profile", action="store_true", help="leave out the step under the profiler")
@@ -305,16 +323,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench_peer: {reason}", file=sys.stderr)
         return 2
     shape, load = Shape(tuple(arguments.grid), arguments.layers), os.getloadavg()[0]
+    until = time.perf_counter() + arguments.budget
     with contenders(arguments, shape) as steps:
-        seconds = time_in_turn(steps, arguments.rounds)
-        is_profiled = arguments.device == "cpu" and not arguments.no_profile
-        profiled = {name: ask("profile") for name, ask in steps.items()} if is_profiled else {}
+        profiled = warm_up(steps, arguments.device == "cpu" and not arguments.no_profile)
+        seconds = time_in_turn(steps, arguments.rounds, until)
     parts = {name: found for name, (found, _) in profiled.items()}
     print(
         f"{cpu_name()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, {arguments.dtype}, train.ops = {arguments.ops} ({instruction_set()}), "
         f"{arguments.layers} layers, {shape.tokens:,} tokens; load average at the start {load:.2f}; "
-        f"{arguments.rounds} rounds.\n"
+        f"{len(seconds['megavid'])} rounds.\n"
     )
     print("\n".join(table(seconds, parts)))
     for name, (_, operators) in profiled.items():

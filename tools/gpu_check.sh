@@ -43,26 +43,27 @@ step() { # NAME COMMAND...: run, keep the log, go on whatever comes
 
 if [ $device = cuda ]; then
   ops=(--tokens 32768 --width 1536 --rounds 20)
-  dense=(--layers 30) moe=(wan_moe_7b_a2b --layers 6) peer=(--layers 30 --grid 21 30 52 --rounds 5)
+  dense=(wan_1b --layers 30) moe=(wan_moe_7b_a2b --layers 6)
+  peer=(--dtype bf16 --layers 30 --grid 21 30 52 --rounds 5)
   step build "$python" setup.py build_ext --inplace
 else
   page=$out/gpu_check.md
   ops=(--tokens 512 --width 256 --rounds 1 --only router_topk)
-  dense=(--layers 1 --grid 1 4 4 --steps 1) moe=(tiny --layers 4 --grid 1 4 4 --steps 1)
-  peer=(--layers 1 --grid 1 4 4 --rounds 1 --only megavid "diffusers, eager")
+  dense=(tiny --layers 4 --grid 1 4 4 --steps 1) moe=("${dense[@]}")
+  peer=(--dtype fp32 --layers 1 --grid 1 4 4 --rounds 1 --only megavid "diffusers, eager")
 fi
 step tests "$python" -m pytest -q tests/gpu
 step ceiling "$python" tools/gpu_check.py ceiling --device $device --json "$out/ceiling.json"
 step ops "$python" tools/bench_ops.py --device $device "${ops[@]}" --steps 0
 for choice in reference compiled; do
-  step "wan_1b_$choice" "$python" tools/gpu_check.py step wan_1b --device $device --ops $choice "${dense[@]}" \
-    --ceiling "$out/ceiling.json" --json "$out/step_wan_1b_$choice.json"
+  step "dense_$choice" "$python" tools/gpu_check.py step "${dense[@]}" --device $device --ops $choice \
+    --ceiling "$out/ceiling.json" --json "$out/step_dense_$choice.json"
 done
 for routing in real forced; do
   step "moe_$routing" "$python" tools/gpu_check.py step "${moe[@]}" --device $device --routing $routing \
     --ceiling "$out/ceiling.json" --json "$out/step_moe_$routing.json"
 done
-step peer "$python" tools/bench_peer.py --device $device --dtype bf16 --no-profile "${peer[@]}"
+step peer "$python" tools/bench_peer.py --device $device --no-profile "${peer[@]}"
 step page "$python" tools/gpu_check.py page "$out" --out "$page"
 
 cat "$page"
