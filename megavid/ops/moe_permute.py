@@ -72,15 +72,15 @@ def moe_permute_reference(
     if int(rows_E.sum()) > num_rows:
         raise ValueError(f"moe_permute: num_rows must be at least {int(rows_E.sum())}, got {num_rows}")
     begin_E = rows_E.cumsum(0) - rows_E
-    expert_V, token_V = map_TE.t().nonzero().unbind(1)  # by expert, then by token
+    expert_R, token_R = map_TE.t().nonzero().unbind(1)  # by expert, then by token
     row_TE = torch.where(map_TE, begin_E + map_TE.cumsum(0) - 1, -1)
-    place_V = row_TE[token_V, expert_V]
-    token_S = token_V.new_full((num_rows,), -1).index_copy(0, place_V, token_V)
+    place_R = row_TE[token_R, expert_R]
+    token_S = token_R.new_full((num_rows,), -1).index_copy(0, place_R, token_R)
     first_T1 = torch.cat([map_TE.new_zeros(1, dtype=torch.int64), map_TE.sum(1).cumsum(0)])
-    row_S = token_V.new_full((num_rows,), -1)
-    row_S[: place_V.shape[0]] = row_TE[map_TE]
-    probability_S = probability_TE.new_zeros(num_rows).index_copy(0, place_V, probability_TE[token_V, expert_V])
-    x_SD = x_TD.new_zeros(num_rows, x_TD.shape[1]).index_copy(0, place_V, x_TD[token_V])
+    row_S = token_R.new_full((num_rows,), -1)
+    row_S[: place_R.shape[0]] = row_TE[map_TE]
+    probability_S = probability_TE.new_zeros(num_rows).index_copy(0, place_R, probability_TE[token_R, expert_R])
+    x_SD = x_TD.new_zeros(num_rows, x_TD.shape[1]).index_copy(0, place_R, x_TD[token_R])
     return x_SD, probability_S, token_S, first_T1, row_S, rows_E
 
 
