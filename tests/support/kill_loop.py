@@ -169,10 +169,14 @@ def curve_of(out: Path) -> Curve:
 
 
 def latest_step(out: Path) -> int:
-    """Step of the checkpoint that ``latest`` names, which must be whole; 0 for none."""
+    """Step of the checkpoint that ``latest`` names, which must be whole; 0 for none.
+
+    Killed between the first checkpoint and the first ``latest``, a run has one all the same.
+    """
     pointer = out / "checkpoints" / "latest"
     if not pointer.exists():
-        return 0
+        whole = [folder.parent.name for folder in pointer.parent.glob("step_????????/manifest.json")]
+        return max((int(name.removeprefix("step_")) for name in whole), default=0)
     name = pointer.read_text().strip()
     folders = [out / "checkpoints" / name, out / "checkpoints" / (name + ".replaced")]
     assert any((folder / "manifest.json").is_file() for folder in folders), f"latest names {name}, which is gone"
