@@ -207,14 +207,16 @@ def leave(env: RankEnv, error: MegavidError, *, is_first: bool) -> NoReturn:
     """End this process at once; threads that wait for a lost peer are left where they are.
 
     The launcher prints the first error that it is told. Where there is none (srun, torchrun), the first rank prints the
-    line, and the others give it a moment: the first exit may end them all.
+    line, and the others give it a moment: the first exit may end them all. Who read it may be gone, as on a lost node.
     """
-    if env.tell is not None:
-        env.tell(error)
-    elif not is_first:
-        time.sleep(TICK_S)
-    else:
-        sys.stderr.write(f"megavid: error: rank {env.rank}: {error}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(error.exit_code)
+    try:
+        if env.tell is not None:
+            env.tell(error)
+        elif not is_first:
+            time.sleep(TICK_S)
+        else:
+            sys.stderr.write(f"megavid: error: rank {env.rank}: {error}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(error.exit_code)
