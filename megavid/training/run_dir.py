@@ -178,8 +178,9 @@ class RunLock:
     """Holds ``DIR/.lock`` as long as a start runs, so that two starts never write to one folder.
 
     A POSIX ``flock``: it goes with the process, however that ends. Ranks forked by a launcher hold it with it. Where
-    the holder is a former start of the same Slurm job, whose node was lost, or where the caller says so, the lock is
-    taken over: the holder keeps a file that is no longer there, and ``Fence`` keeps it from writing.
+    the holder's Slurm job, or its start of this job, is over (``is_over``; it lives on where its node was lost), or the
+    caller says so, the lock is taken over: the holder keeps a file that is no longer there, and ``Fence`` keeps it from
+    writing.
     """
 
     def __init__(self, folder: Path, *, wait_s: float = LOCK_WAIT_S, takes_over: bool = False) -> None:
@@ -212,7 +213,7 @@ class RunLock:
             if time.monotonic() > deadline:
                 holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
                 os.close(self._descriptor)
-                if self.takes_over or is_restart_of(holder, os.environ):
+                if self.takes_over or is_over(holder, os.environ):
                     self.file.unlink(missing_ok=True)
                     self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
                     deadline, self.takes_over = time.monotonic() + self.wait_s, False
@@ -223,9 +224,8 @@ class RunLock:
                 )
             time.sleep(0.1)
         os.ftruncate(self._descriptor, 0)
-        job, restart = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
-        slurm = f", Slurm job {job} start {restart or 0}" if job else ""
-        os.pwrite(self._descriptor, f"pid {os.getpid()} on {os.uname().nodename}{slurm}\n".encode(), 0)
+        mine = f"pid {os.getpid()} on {os.uname().nodename}{slurm_words(os.environ)}\n"
+        os.pwrite(self._descriptor, mine.encode(), 0)
         return self
 
     def _try(self) -> bool:
@@ -244,11 +244,26 @@ class RunLock:
         os.close(self._descriptor)
 
 
-def is_restart_of(holder: str, environ: Mapping[str, str]) -> bool:
-    """Whether this process belongs to a later start of the Slurm job that ``holder``, a lock's text, names."""
-    match = re.search(r"Slurm job (\d+) start (\d+)$", holder)
-    job, restart = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "")
-    return match is not None and match[1] == job and restart.isdecimal() and int(restart) > int(match[2])
+def slurm_words(environ: Mapping[str, str]) -> str:
+    """Which start of which Slurm job this process belongs to, as the lock says it; "" for none."""
+    job, start, cluster = (
+        environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME")
+    )
+    return f", Slurm job {job} start {start or 0} of cluster {cluster or 'unknown'}" if job else ""
+
+
+def is_over(holder: str, environ: Mapping[str, str]) -> bool:
+    """Whether ``holder``, a lock's text, names a start that Slurm has given up, so that only a lost node can hold it.
+
+    That is a former start of this very job, or another job that job.sh has asked Slurm about (``MEGAVID_ENDED_JOB``):
+    each one of a chain has its own number.
+    """
+    match = re.search(r"Slurm job (\d+) start (\d+) of cluster (\S+)$", holder)
+    if match is None or match[3] != (environ.get("SLURM_CLUSTER_NAME") or "unknown"):
+        return False
+    if match[1] != environ.get("SLURM_JOB_ID"):
+        return match[1] == environ.get("MEGAVID_ENDED_JOB")
+    return int(environ.get("SLURM_RESTART_COUNT") or 0) > int(match[2])
 
 
 def write_whole(file: Path, text: str) -> None:

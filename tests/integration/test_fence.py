@@ -11,7 +11,7 @@ from megavid.checkpoint import Checkpoint, Fence, SingleRank, latest
 from megavid.checkpoint.files import replace_text
 from megavid.errors import Superseded
 from megavid.training.metrics import read_rows
-from megavid.training.run_dir import RunDir, is_restart_of
+from megavid.training.run_dir import RunDir, is_over, slurm_words
 from tests.support.faults import Fault
 from tests.support.tiny_run import TINY, is_running, wait_for_step
 from tests.support.warm_parent import Command, WarmParent
@@ -103,9 +103,15 @@ def test_check_stands_between_writing_aside_and_replacing(tmp_path: Path) -> Non
         later.check()
 
 
-def test_lock_is_taken_from_a_former_start_of_the_same_job_alone() -> None:
-    holder = "pid 12 on n1, Slurm job 77 start 1"
-    assert is_restart_of(holder, {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"})
-    assert not is_restart_of(holder, {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"})
-    assert not is_restart_of(holder, {"SLURM_JOB_ID": "78", "SLURM_RESTART_COUNT": "2"})
-    assert not is_restart_of("pid 12 on n1", {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"})
+def test_lock_is_taken_from_a_start_that_slurm_has_given_up_alone() -> None:
+    holder, here = "pid 12 on n1, Slurm job 77 start 1 of cluster big", {"SLURM_CLUSTER_NAME": "big"}
+    assert is_over(holder, {**here, "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"})
+    assert not is_over(holder, {**here, "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"})
+    assert not is_over(holder, {**here, "SLURM_JOB_ID": "78", "SLURM_RESTART_COUNT": "2"})
+    assert not is_over("pid 12 on n1", {**here, "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"})
+    assert is_over(holder, {**here, "SLURM_JOB_ID": "78", "MEGAVID_ENDED_JOB": "77"})
+    assert not is_over(holder, {**here, "SLURM_JOB_ID": "78", "MEGAVID_ENDED_JOB": "76"})
+    assert not is_over(holder, {**here, "SLURM_JOB_ID": "78", "MEGAVID_ENDED_JOB": ""})
+    elsewhere = {"SLURM_CLUSTER_NAME": "small", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"}
+    assert not is_over(holder, elsewhere)
+    assert is_over("pid 12 on n1" + slurm_words(elsewhere), {**elsewhere, "SLURM_RESTART_COUNT": "3"})

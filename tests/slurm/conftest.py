@@ -8,9 +8,11 @@ import pytest
 
 from tests.support.slurm import SlurmCluster, why_not
 
+CLUSTER = pytest.StashKey[SlurmCluster]()
+
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[SlurmCluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[SlurmCluster]:
     """Four nodes, on this machine."""
     reason = why_not()
     if reason:
@@ -19,4 +21,12 @@ def cluster() -> Iterator[SlurmCluster]:
     folder = Path(tempfile.mkdtemp(prefix="megavid-slurm-"))
     folder.chmod(0o755)
     with SlurmCluster(folder) as running:  # removes it
+        request.session.stash[CLUSTER] = running
         yield running
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End it behind the last test here: other tests may run for long, and another cluster would wait for this one."""
+    is_last = nextitem is None or nextitem.path.parent != item.path.parent
+    if is_last and CLUSTER in item.session.stash:
+        item.session.stash[CLUSTER].close()

@@ -1,40 +1,14 @@
 """`megavid preflight` on the local cluster: the node that is slowed on purpose is the one that is named."""
 
 import json
-import os
-import signal
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from tests.support.slurm import SlurmCluster
+from tests.support.slurm import SlurmCluster, halting
 
 SLOWED = 2
-
-
-@contextmanager
-def halting(pid: int) -> Iterator[None]:
-    """While open, the process runs for a tenth of the time."""
-    is_over = threading.Event()
-
-    def halt() -> None:
-        with suppress(ProcessLookupError):
-            while not is_over.is_set():
-                os.kill(pid, signal.SIGSTOP)
-                time.sleep(0.045)
-                os.kill(pid, signal.SIGCONT)
-                time.sleep(0.005)
-
-    thread = threading.Thread(target=halt)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def rank_pid(cluster: SlurmCluster, rank: int, timeout_s: float = 60.0) -> int:

@@ -3,8 +3,12 @@
 Owns the daemons' configuration, start and end, and the few questions that tests ask of Slurm. Nothing outside the
 folder is written; no systemd, no /etc, no slurm user. Run as a script, this file is the keeper: it waits until the
 tests have ended in any way, kill -9 included, ends every process of the cluster, jobs too, and removes the folder.
+
+One at a time on a machine, or tests of both run into their limits: the keeper holds a lock for which the next one
+waits.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,8 +16,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +28,8 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontro
 NODES = 4
 GPUS = 8
 """Of each node; they are device files that behave like /dev/null, so that the shipped scripts ask for what they ask."""
+WAIT_S = 900.0
+"""For the end of another cluster of this machine."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 SLURM_CONF = """\
@@ -103,13 +112,15 @@ class SlurmCluster:
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        lock = _only_one()
         for name in ("state", "run", "log", "munge", "msock", "dev", "jobs", *(f"spool/n{i}" for i in range(NODES))):
             (self.folder / name).mkdir(parents=True)
         (self.folder / "munge").chmod(0o700)
         (self.folder / "msock").chmod(0o755)
         self._keeper = subprocess.Popen(
-            [sys.executable, __file__, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, __file__, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True, pass_fds=[lock]
         )
+        os.close(lock)  # the keeper has it, for as long as anything of the cluster runs
         try:
             self._write_conf()
             self._start_munged()
@@ -123,13 +134,19 @@ class SlurmCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._keeper is not None
+        self.close()
+
+    def close(self) -> None:
+        """End all of it; once more does nothing."""
+        if self._keeper is None:
+            return
         assert self._keeper.stdin is not None
         with suppress(AssertionError, subprocess.SubprocessError, OSError):
             for job in self.ask("squeue", "-h", "-o", "%i").split():
                 self.ask("scancel", "--signal=KILL", "--full", job)
         self._keeper.stdin.close()  # its word to end all that is left
         self._keeper.wait(30)
+        self._keeper = None
 
     # Daemons
 
@@ -267,6 +284,42 @@ class SlurmCluster:
             if f"SLURM_CONF={self.conf}".encode() in environ and jobs and (not job or jobs[0] == job.encode()):
                 found.append(pid)
         return found
+
+
+@contextmanager
+def halting(pid: int, share: float = 0.1) -> Iterator[None]:
+    """While open, the process runs for ``share`` of the time only, 5 ms at once."""
+    is_over = threading.Event()
+
+    def halt() -> None:
+        with suppress(ProcessLookupError):
+            while not is_over.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(0.005 / share - 0.005)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.005)
+
+    thread = threading.Thread(target=halt)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _only_one() -> int:
+    """Wait until no other cluster of these tests runs on this machine; the lock that says so."""
+    path = Path(tempfile.gettempdir()) / "megavid-slurm.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            assert time.monotonic() < deadline, f"another cluster of these tests has held {path} for {WAIT_S:.0f} s"
+            time.sleep(0.5)
 
 
 def _free_ports(count: int) -> int:

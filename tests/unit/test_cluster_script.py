@@ -111,3 +111,27 @@ def test_fault_is_noted_with_the_host_to_blame(tmp_path: Path, said: str, host: 
         assert done.stdout.split()[0] == str(count), done.stderr
     assert (run / "slurm" / "faults").read_text() == f"step_00000003 {host} 5 7.0\n" * 2
     assert done.stdout.split()[1:] == ([] if host == "unknown" else [host])  # bad once it has failed twice
+
+
+@pytest.mark.parametrize(
+    ("lock", "squeue", "ended"),
+    [
+        ("pid 1 on n1, Slurm job 7 start 0 of cluster big", "echo 8; echo 77", "7"),
+        ("pid 1 on n1, Slurm job 7 start 0 of cluster big", "echo 8; echo 7", ""),
+        ("pid 1 on n1, Slurm job 7 start 0 of cluster big", "exit 1", ""),
+        ("pid 1 on n1, Slurm job 7 start 0 of cluster small", "echo 8", ""),
+        ("pid 1 on n1", "echo 8", ""),
+        (None, "echo 8", ""),
+    ],
+)
+def test_holder_of_the_lock_is_over_where_slurm_says_so(
+    tmp_path: Path, lock: str | None, squeue: str, ended: str
+) -> None:
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\n{squeue}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    if lock:
+        (tmp_path / ".lock").write_text(lock + "\n")
+    words = f"set -u; source {EXAMPLES / 'job.sh'}; OUT={tmp_path}; ended_holder"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "8", "SLURM_CLUSTER_NAME": "big"}
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == ended, done.stderr

@@ -26,6 +26,7 @@ run_ranks() {
     OUT=$(out_of "$@")
     [ -n "$OUT" ] || { echo "sbatch ${0##*/}: --out DIR is missing among its arguments" >&2; exit 2; }
     mkdir -p "$OUT/slurm"
+    errors=$OUT/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.srun
     local command=("${MEGAVID[@]}" "$@")
     if [ "$RANKS_BY" = torchrun ]; then
         local each=${SLURM_NTASKS_PER_NODE:?--ntasks-per-node says how many ranks a node has}
@@ -35,8 +36,9 @@ run_ranks() {
             --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --signals-to-handle SIGUSR1,SIGTERM,SIGINT \
             --nproc-per-node "$0" --no-python "$@"' "$each" "${command[@]}")
     fi
+    export MEGAVID_ENDED_JOB
+    MEGAVID_ENDED_JOB=$(ended_holder)
     say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), ranks by $RANKS_BY: ${MEGAVID[*]} $*"
-    errors=$OUT/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.srun
     # In the background: bash runs traps only between commands, or while it waits. What srun itself says is kept, because
     # it names the first host that failed. One dead rank ends them all; they would wait for it otherwise.
     srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" "${command[@]}" 2> >(tee "$errors" >&2) &
@@ -64,6 +66,18 @@ run_ranks() {
     if [ "$RANKS_BY" = torchrun ] && [ $status -ne 0 ] && tail -n 1 "$OUT/events.jsonl" | grep -q '"stopped"'; then
         status=75
     fi
+}
+
+# The job that the run's lock names, if Slurm no longer has it. Its ranks may live on, on a node that Slurm lost sight of,
+# and hold the lock for good: the next job of a chain takes it from them, and the run's fence refuses what they still
+# write. A start of this same job needs no such word (SLURM_RESTART_COUNT). Where Slurm does not answer, nothing is known.
+ended_holder() {
+    local job cluster mine
+    [ -O "$OUT/.lock" ] || return 0 # Slurm need not show the jobs of others
+    read -r job cluster < <(sed -n 's/.*, Slurm job \([0-9]*\) start [0-9]* of cluster \(.*\)$/\1 \2/p' "$OUT/.lock")
+    [ -n "$job" ] && [ "$cluster" = "${SLURM_CLUSTER_NAME:-unknown}" ] || return 0
+    mine=$(squeue --noheader --user="$(id -un)" --format=%A) || return 0
+    grep -qx "$job" <<< "$mine" || echo "$job"
 }
 
 # With MEGAVID_PREFLIGHT=1: examine the nodes first; bad ones are left out by the next start, and nothing trains on them.
