@@ -1,6 +1,6 @@
 """Memory and speed of ``megavid convert`` and ``upcycle`` on a checkpoint of 2 GB, beside cp and sha256sum on its disk.
 
-    python tools/bench_convert.py [--folder DIR] [--gigabytes 2]
+    python tools/bench_convert.py [--folder DIR] [--gigabytes 2] [--rounds 2]
 
 Writes a dense Wan model of random bf16 weights in diffusers' layout into DIR, then takes turns: ``cp`` and
 ``sha256sum`` of its files, and conversions, each in a process of its own. Prints bytes per second (hashes included) and
@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench_convert-") as name:
         folder = Path(name)
@@ -97,7 +98,7 @@ def main() -> None:
         os.sync()
         size = sum(path.stat().st_size for path in (folder / "source").iterdir())
         print(f"{size / 1e9:.2f} GB of bf16 weights in {options.folder}")
-        for round_number in (1, 2):
+        for round_number in range(1, options.rounds + 1):
             print(f"round {round_number}")
             compare(folder, size)
 
