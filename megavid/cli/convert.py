@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         return write_adapter(argv)
     request, verifies = parse(argv)
     job = ConvertJob.of(request)
-    for line in job.left_behind():
+    for line in job.notices():
         print(line)
     if verifies:
         from megavid.cli.convert_verify import require_verifiable

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megavid.checkpoint.convert.adapter import A, Adapter, B, names_in_diffusers
 from megavid.checkpoint.convert.source import TABLES, ModelSource, open_checkpoint, open_model
 from megavid.checkpoint.convert.tables import links
 from megavid.checkpoint.convert.verify import check_gaps, compare, gap_lines
@@ -75,10 +76,22 @@ def load_served(source: ModelSource) -> nn.Module:
 
         config = {key: value for key, value in config_json(source.config, "diffusers").items() if key[0] != "_"}
         model = WanTransformer3DModel(**config)
-        state = {name: tensor.read().float() for name, tensor in source.ledger.tensors.items()}
+        files = source.ledger.tensors.items()
+        state = {name: tensor.read().float() for name, tensor in files if not name.endswith((A, B))}
         model.load_state_dict(convert_wan_transformer_to_diffusers(state), strict=True)
     module: nn.Module = model.eval()
+    for adapter, factor in source.adapters:
+        merge(module, adapter, factor)
     return module
+
+
+@torch.no_grad()
+def merge(module: nn.Module, adapter: Adapter, factor: float) -> None:
+    """Add an adapter to the matrices of a served model, each as a whole: the twin of the merge that streams."""
+    names = names_in_diffusers(adapter.model)
+    for matrix, pair in adapter.pairs.items():
+        weight = module.get_parameter(f"{names[matrix]}.weight")
+        weight.add_(pair.b.read().float() @ pair.a.read().float(), alpha=factor * pair.scale)
 
 
 @torch.no_grad()

@@ -80,10 +80,11 @@ def test_the_merged_model_is_the_base_with_the_adapter(warm: WarmParent, base: P
     for command in (
         (str(base), str(tmp_path / "base"), "--ema"),
         (str(run), str(tmp_path / "merged"), "--ema"),
-        (str(tmp_path / "base"), str(tmp_path / "by_file"), "--lora", str(run)),
+        (str(tmp_path / "base"), str(tmp_path / "by_file"), "--lora", str(run), "--verify"),
     ):
         done = warm.run("convert", *command, "--to", "diffusers")
         assert done.returncode == 0, done.stderr
+        assert ("adapters of 30 matrices are merged" in done.stdout) == (command[1] != str(tmp_path / "base"))
     assert warm.run("convert", str(run), str(tmp_path / "alone"), "--to", "lora", "--ema").returncode == 0
     assert (tmp_path / "alone" / ADAPTER).read_bytes() == (run / ADAPTER).read_bytes()
     torch.manual_seed(0)

@@ -136,9 +136,10 @@ class ConvertJob:
             "keep": ("ema/", *(MOMENTS if request.keep_optimizer else ())) if not request.use_ema else (),
         }
 
-    def left_behind(self) -> Iterator[str]:
-        """What of the sources is not in the target, a line each."""
+    def notices(self) -> Iterator[str]:
+        """What a user should know of the sources, and what of them is not in the target, a line each."""
         for source in self.sources:
+            yield from source.notes
             target = plan_target(source, layout_for(source, self.request.to), **self._options())
             kinds: dict[str, int] = {}
             for name in source.extra.keys() - target.tensors.keys():

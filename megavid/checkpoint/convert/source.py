@@ -76,6 +76,8 @@ class ModelSource:
         state: state.json of a megavid checkpoint.
         identity: changes when a file of the source does.
         check: reads what must be checked before anything is written; see ``verify``.
+        notes: what a user should know of it, a line each.
+        adapters: what was merged into the tensors of the files, with the factor on it.
     """
 
     run: RunConfig
@@ -88,6 +90,8 @@ class ModelSource:
     state: Mapping[str, Any] = field(default_factory=dict)
     identity: str = ""
     check: Callable[[], None] = lambda: None
+    notes: tuple[str, ...] = ()
+    adapters: tuple[tuple[Adapter, float], ...] = ()
 
     @property
     def config(self) -> ModelConfig:
@@ -110,7 +114,14 @@ class ModelSource:
         """The model with ``factor`` times an adapter merged into its matrices; what hung on the old one is left out."""
         tensors = merged(self.tensors, adapter, self.ledger, factor)
         identity = hashlib.sha256(json.dumps([self.identity, adapter.identity, factor]).encode()).hexdigest()
-        return replace(self.with_model(self.config, tensors), identity=identity)
+        times = "" if factor == 1.0 else f", times {factor:g}"
+        note = f"{adapter.where}: adapters of {len(adapter.pairs)} matrices are merged into {self.path}{times}"
+        return replace(
+            self.with_model(self.config, tensors),
+            identity=identity,
+            notes=(*self.notes, note),
+            adapters=(*self.adapters, (adapter, factor)),
+        )
 
 
 def open_model(path: Path, *, weights: str = "") -> ModelSource:
@@ -234,6 +245,12 @@ def _open_adapted(checkpoint: Checkpoint, weights: str) -> ModelSource:
         base.verify()
         checkpoint.verify(SingleRank())
 
+    notes = source.notes
+    if weights == "model" and run.optimizer.ema_decay > 0:
+        notes = (
+            *notes,
+            f"{checkpoint.folder}: not in the target: the adapters' moving average; --ema takes it instead",
+        )
     kept = [name for name in checkpoint.manifest.files if name not in NOT_KIT and not name.endswith(".safetensors")]
     return replace(
         source,
@@ -241,6 +258,7 @@ def _open_adapted(checkpoint: Checkpoint, weights: str) -> ModelSource:
         path=checkpoint.folder,
         files={name: checkpoint.read(name) for name in kept},
         check=check,
+        notes=notes,
     )
 
 
