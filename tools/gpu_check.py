@@ -103,7 +103,7 @@ def page_of(folder: Path) -> list[str]:
     ceiling = json.loads((folder / "ceiling.json").read_text())
     lines = ["# Everything that needs a GPU, in one run", "", "Command: `tools/gpu_check.sh`", ""]
     lines += [
-        f"{ceiling['device']}. Ceilings of the same run: {ceiling['matrix_tflops']:.1f} TFLOP/s for matrix products in "
+        f"{ceiling['device']}. Ceilings of the same run: {ceiling['matrix_tflops']:.3g} TFLOP/s for matrix products in "
         f"bf16, {ceiling['copy_gbs']:.0f} GB/s for copies.",
         "",
         "| step | status | seconds |",
@@ -127,10 +127,16 @@ def page_of(folder: Path) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     for name, title in (("ops", "Compiled ops"), ("peer", "Against diffusers")):
         file = folder / f"{name}.log"
-        if file.exists():
-            rows = [line for line in file.read_text().splitlines() if line.startswith("|")]
+        if rows := _table_of(file):
             lines += ["", f"## {title}", "", *rows]
     return lines
+
+
+def _table_of(log: Path) -> list[str]:
+    """The last table in a log, which also has its rows as they came."""
+    rows = [line for line in log.read_text().splitlines() if line.startswith("|")] if log.exists() else []
+    headers = [number - 1 for number, row in enumerate(rows) if row.startswith("| ---")]
+    return rows[headers[-1] :] if headers else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
