@@ -18,6 +18,11 @@ SRUN_OPTIONS=()
 # apptainer (no plugin in Slurm; --nv brings the driver's libraries in):
 # MEGAVID=(apptainer exec --nv --bind /shared /shared/images/megavid.sif megavid)
 
+# A packed Python environment on shared storage, unpacked once on each node before the ranks start; "" for none. Every
+# rank that imports from shared storage asks it thousands of times for small files; this way a node reads one large one:
+#   python -m compileall -q ENV; tar -C ENV -cf /shared/images/megavid.tar .        (ENV: a venv, megavid not editable)
+MEGAVID_STAGE=${MEGAVID_STAGE:-}
+
 # Where the ranks come from: "srun" (one task a GPU; Slurm sees, signals and accounts every rank) or "torchrun" (one task
 # a node, which starts the ranks; for sites whose srun cannot start several tasks in one container).
 RANKS_BY=${MEGAVID_RANKS_BY:-srun}

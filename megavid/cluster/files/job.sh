@@ -27,6 +27,7 @@ run_ranks() {
     [ -n "$OUT" ] || { echo "sbatch ${0##*/}: --out DIR is missing among its arguments" >&2; exit 2; }
     mkdir -p "$OUT/slurm"
     errors=$OUT/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.srun
+    stage_environment || { status=$?; return; }
     local command=("${MEGAVID[@]}" "$@")
     if [ "$RANKS_BY" = torchrun ]; then
         local each=${SLURM_NTASKS_PER_NODE:?--ntasks-per-node says how many ranks a node has}
@@ -66,6 +67,24 @@ run_ranks() {
     if [ "$RANKS_BY" = torchrun ] && [ $status -ne 0 ] && tail -n 1 "$OUT/events.jsonl" | grep -q '"stopped"'; then
         status=75
     fi
+}
+
+# Unpack MEGAVID_STAGE on every node where it does not lie yet, and start the ranks from there. The folder's name has the
+# file's time and size in it, so that a new one is unpacked anew; it gets that name when it is whole.
+stage_environment() {
+    [ -n "${MEGAVID_STAGE:-}" ] || return 0
+    local told staged
+    told=$(stat -L -c %Y-%s "$MEGAVID_STAGE") || return 2
+    staged=$NODE_CACHE/env-$told
+    # shellcheck disable=SC2016
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
+        mkdir -p "${2%/*}" && exec 9>"$2.lock" && flock 9 || exit 3
+        [ -x "$2/bin/python" ] && exit 0
+        rm -rf "$2.partial"
+        mkdir "$2.partial" && tar -xf "$1" -C "$2.partial" && [ -x "$2.partial/bin/python" ] || exit 3
+        mv "$2.partial" "$2" || exit 3
+    ' stage "$MEGAVID_STAGE" "$staged" 2> >(tee "$errors" >&2) || return 3
+    MEGAVID=("$staged/bin/python" -m megavid)
 }
 
 # The job that the run's lock names, if Slurm no longer has it. Its ranks may live on, on a node that Slurm lost sight of,
