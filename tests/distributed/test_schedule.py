@@ -132,8 +132,8 @@ LARGE: dict[str, list[str]] = {
         "--model.num_layers=16",
     ],
     # What the search recommends for 1,024 H100, see README.md.
-    "dp32 tp2 cp4 pp4 vpp5 ep8": [
-        "--parallel.tensor=2", "--parallel.context=4", "--parallel.context_strategy=ulysses", "--parallel.pipeline=4",
+    "dp32 cp8 pp4 vpp5 ep8": [
+        "--parallel.tensor=1", "--parallel.context=8", "--parallel.context_strategy=ulysses", "--parallel.pipeline=4",
         "--parallel.virtual_pipeline=5", "--parallel.expert=8", "--parallel.recompute=selective",
         "--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true", "--model.num_layers=20",
     ],
