@@ -58,7 +58,7 @@ def examine() -> list[Finding]:
     """All findings, required things first."""
     probes: list[Callable[[], Finding]] = [
         *(_python, _torch, _megatron_core, _cuda, _communication),
-        *(_transformer_engine, _apex, _deepspeed, _flex_dispatchers, _compiled_ops),
+        *(_transformer_engine, _apex, _deepspeed, _flex_dispatchers, _compiled_ops, _fp8),
         *(_inference, _video, _versions, _job, _caches),
     ]
     return [probe() for probe in probes]
@@ -147,7 +147,7 @@ def _communication() -> Finding:
 def _transformer_engine() -> Finding:
     name, version = "Transformer Engine", version_of("transformer-engine")
     if not version:
-        return Finding(name, "off", "not installed", "megavid's own layers; no fused attention of TE, no FP8")
+        return Finding(name, "off", "not installed", "megavid's own layers, in FP8 too; no fused attention of TE")
     trouble = why_not("transformer_engine.pytorch")
     if not trouble:
         return Finding(name, "on", version, "megatron-core's fused Adam; layers stay megavid's own in this version")
@@ -197,6 +197,24 @@ def _compiled_ops() -> Finding:
     if torch.cuda.is_available() and "cuda" not in devices:
         return Finding(name, "warn", f"built for {found}, not for cuda: no nvcc at build time?", plain + " on GPUs")
     return Finding(name, "on", f"built for {found}", 'train.ops = "compiled" or "auto" takes them; off by default')
+
+
+def _fp8() -> Finding:
+    name, effect = "FP8", "tensorwise and delayed on torch._scaled_mm; blockwise and mxfp8 turn back to wide numbers"
+    if trouble := why_not("megavid.ops.fp8"):
+        return Finding(name, "off", trouble, "as the row of torch says")
+    import torch
+
+    from megavid.ops.fp8 import has_scaled_mm
+
+    if not torch.cuda.is_available():
+        return Finding(name, "on", "torch's product on CPU: right, not fast", effect)
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not has_scaled_mm(device):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        found = f"the GPU's compute capability {capability} has no product in FP8, which begin with 8.9"
+        return Finding(name, "warn", found, "every recipe turns back to wide numbers: right, and slower than bf16")
+    return Finding(name, "on", "torch's product on the GPU; not measured on one yet", effect)
 
 
 def _inference() -> Finding:

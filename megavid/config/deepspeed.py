@@ -65,3 +65,7 @@ def check_backend(config: "RunConfig") -> None:
         f"precision.dtype = '{config.precision.dtype}' needs train.backend = 'megatron': DeepSpeed would cast Wan's "
         "fp32 list and the router too; set 'fp32'",
     )
+    require(
+        config.precision.fp8 == "off",
+        f"precision.fp8 = '{config.precision.fp8}' needs train.backend = 'megatron'; set 'off'",
+    )

@@ -160,8 +160,25 @@ class PrecisionConfig:
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Weights and activations; master weights, gradients, router and Wan's fp32 list stay fp32."""
-    fp8: Literal["off"] = "off"
-    """FP8 recipe; only "off" is built yet."""
+    fp8: Literal["off", "tensorwise", "delayed", "blockwise", "mxfp8"] = "off"
+    """Products of the inner blocks' matrices in FP8, with scales from the tensor at hand, from earlier steps, by 128 x
+    128 or by 32 numbers; attention itself, norms, modulation, router, embedders and head stay out."""
+    fp8_gradients: Literal["auto", "e4m3", "e5m2"] = "auto"
+    """Format of gradients; auto: e5m2 where one scale serves a tensor (tensorwise, delayed), else e4m3."""
+    fp8_skip_first: int = 1
+    """Blocks at the beginning that stay out of FP8."""
+    fp8_skip_last: int = 1
+    """Blocks at the end that stay out of FP8."""
+    fp8_history: int = 16
+    """Steps whose largest magnitude sets the scale (fp8 = "delayed")."""
+
+    def __post_init__(self) -> None:
+        at_least("precision", 0, fp8_skip_first=self.fp8_skip_first, fp8_skip_last=self.fp8_skip_last)
+        at_least("precision", 1, fp8_history=self.fp8_history)
+
+    def is_fp8_layer(self, layer: int, num_layers: int) -> bool:
+        """Whether block ``layer`` (from 0) of the model has its matrices in FP8."""
+        return self.fp8 != "off" and self.fp8_skip_first <= layer < num_layers - self.fp8_skip_last
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,6 +333,8 @@ class LogConfig:
     none."""
     worst_samples: int = 0
     """Clips with the highest loss to name in events.jsonl at each checkpoint; 0 for none."""
+    fp8_interval_steps: int = 100
+    """Steps between rows of fp8.jsonl: underflow, overflow and error of every layer in FP8; 0 for none."""
     sample_interval_steps: int = 0
     """Steps between picture grids of sampled prompts; 0 for none."""
     sample_prompts: tuple[str, ...] = ()
@@ -334,6 +353,7 @@ class LogConfig:
             0,
             validation_interval_steps=self.validation_interval_steps,
             routing_interval_steps=self.routing_interval_steps,
+            fp8_interval_steps=self.fp8_interval_steps,
             worst_samples=self.worst_samples,
         )
 

@@ -72,6 +72,7 @@ class Block(nn.Module):
 
     def __init__(self, build: Build, layer: int, recompute: str) -> None:
         super().__init__()
+        build = build.in_block(layer)
         model, name = build.model, f"blocks.{layer}"
         self.layer, self.eps, self.recompute, self.ops = layer, model.norm_eps, recompute, build.ops
         self.table = build.empty(6, model.hidden_size, is_fp32=True)
@@ -84,7 +85,14 @@ class Block(nn.Module):
         if self.is_moe:
             mesh = build.mesh
             self.feed_forward = build_moe(
-                build.transformer, model, layer, mesh.groups, mesh.layout, mesh.coordinates, build.ops.moe
+                build.transformer,
+                model,
+                layer,
+                mesh.groups,
+                mesh.layout,
+                mesh.coordinates,
+                build.ops.moe,
+                fp8=build.fp8,
             )
         else:
             self.feed_forward = FeedForward(build, f"{name}.ffn")

@@ -5,17 +5,17 @@ space and never ask how many ranks there are.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megavid.config.lora import NO_ADAPTERS, LoraConfig
-from megavid.config.schema import ModelConfig
+from megavid.config.schema import ModelConfig, PrecisionConfig
+from megavid.models.fp8 import Fp8Build, column_class, row_class
 from megavid.models.lora import Adapted, ColumnAdapter, RowAdapter
 from megavid.ops.block_ops import REFERENCE, BlockOps
-from megavid.parallel import mcore
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.placement import Init, Piece, Placement, place
 
@@ -32,6 +32,8 @@ class Build:
         attention_backend: ``parallel.attention_backend``.
         ops: what blocks compute between matrix products and attention, as ``train.ops`` chose.
         lora: which matrices get adapters.
+        precision: the run's number formats.
+        fp8: how the linears of the block at hand are in FP8; None where they are not.
     """
 
     model: ModelConfig
@@ -41,6 +43,13 @@ class Build:
     attention_backend: str = "aten"
     ops: BlockOps = REFERENCE
     lora: LoraConfig = NO_ADAPTERS
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    fp8: Fp8Build | None = None
+
+    def in_block(self, layer: int) -> "Build":
+        """The record for the layers of block ``layer`` (from 0)."""
+        is_fp8 = self.precision.is_fp8_layer(layer, self.model.num_layers)
+        return replace(self, fp8=Fp8Build.of(self.precision, self.device) if is_fp8 else None)
 
     @property
     def tp(self) -> int:
@@ -114,13 +123,16 @@ def column_linear(
         of_text: the input is the whole caption on every rank, not a shard of the tokens.
 
     Returns:
-        megatron-core's ColumnParallelLinear, with adapters where the run has some; its output is the matrices' local
-        outputs side by side.
+        megatron-core's ColumnParallelLinear, or its twin in FP8, with adapters where the run has some; its output is
+        the matrices' local outputs side by side.
     """
     transformer = build.transformer
     if of_text and transformer.sequence_parallel:
         transformer = replace(transformer, sequence_parallel=False)
-    linear = mcore.ColumnParallelLinear(
+    # Captions stay out of FP8: they are few rows, and each context-parallel rank has a part of their gradient, so that
+    # rounding would depend on the layout.
+    fp8 = None if of_text else build.fp8
+    linear = column_class(fp8, names[0], build.mesh.group("tp_cp"))(
         input_size,
         output_size * len(names),
         config=transformer,
@@ -154,10 +166,10 @@ def row_linear(build: Build, name: str, input_size: int, output_size: int) -> An
     """A matrix whose input is split over tensor-parallel ranks; the sum goes to all of them, or to each its tokens.
 
     Returns:
-        megatron-core's RowParallelLinear, [output_size, input_size] in model space, with its bias, and with an adapter
-        where the run has some.
+        megatron-core's RowParallelLinear, or its twin in FP8, [output_size, input_size] in model space, with its bias,
+        and with an adapter where the run has some.
     """
-    linear = mcore.RowParallelLinear(
+    linear = row_class(build.fp8, name, build.mesh.group("tp_cp"))(
         input_size,
         output_size,
         config=build.transformer,

@@ -17,6 +17,7 @@ from megavid.models.attention import Attend, Prompts
 from megavid.models.block import Block, Conditioning
 from megavid.models.build import Build
 from megavid.models.embedders import Head, ImageEmbedder, PatchEmbedder, TextEmbedder, TimestepEmbedder
+from megavid.models.fp8 import HISTORY, scalings_of
 from megavid.models.inputs import ModelInput
 from megavid.models.lora import freeze_base
 from megavid.models.moe.stats import RoutingStats
@@ -120,6 +121,9 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         for block in self._blocks:
             if block.is_moe and block.feed_forward.router.expert_bias is not None:
                 yield f"blocks.{block.layer}.moe.router.expert_bias", block.feed_forward.router.expert_bias
+        for scaling in scalings_of([self]):
+            if scaling.recipe.name == "delayed":
+                yield scaling.name + HISTORY, scaling.history
 
     def take_routing(self) -> dict[int, RoutingStats]:
         """Routing statistics of each expert layer since the last call, summed over microbatches."""
@@ -216,6 +220,7 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
             attention_backend=backend,
             ops=ops,
             lora=config.lora,
+            precision=config.precision,
         )
         layers = layers_of_chunk(config.model, layout, mesh.coordinate("pp"), vpp_rank)
         vp_stage = vpp_rank if layout.vpp > 1 else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megavid.ops.fp8_linear import Scaling, fp8_grouped_linear
 from megavid.ops.moe_ops import Activate
 
 Activation = Literal["gelu", "swiglu"]
@@ -41,6 +42,14 @@ class ExpertWeights(NamedTuple):
     down_bias_eD: Tensor | None = None
 
 
+class ExpertScalings(NamedTuple):
+    """Scales of the products in FP8, one record for each of the three matrices, all experts together; None: wide."""
+
+    up: Scaling | None = None
+    down: Scaling | None = None
+    gate: Scaling | None = None
+
+
 def grouped_experts(
     x_SD: Tensor,
     tokens_per_expert: Tensor,
@@ -49,6 +58,7 @@ def grouped_experts(
     *,
     first_column: int = 0,
     activate: Activate | None = None,
+    scalings: ExpertScalings | None = None,
 ) -> Tensor:
     """``probability * (down(activation(up(x) + bias)) + bias)`` of each row's expert.
 
@@ -62,6 +72,7 @@ def grouped_experts(
         probability_S: gate of each row, fp32 or wider.
         first_column: first output column that ``weights.down_bias_eD`` belongs to.
         activate: what is between the products, in one op (``megavid.ops.expert_activation``); None: in plain torch.
+        scalings: of the products in FP8; None for wide ones.
 
     Returns:
         [S, D] in the dtype of ``x_SD``.
@@ -70,26 +81,32 @@ def grouped_experts(
         Every weight gets a gradient of its own shape, zero for an expert without rows.
     """
     rows = _Rows.of(tokens_per_expert, x_SD)
-    weighted_SM = _hidden(x_SD, weights, probability_S, rows, activate)
-    out_SD = _linear(weighted_SM, weights.down_eDM, rows)
+    scalings = scalings or ExpertScalings()
+    weighted_SM = _hidden(x_SD, weights, probability_S, rows, activate, scalings)
+    out_SD = _linear(weighted_SM, weights.down_eDM, rows, scalings.down)
     if weights.down_bias_eD is None:
         return out_SD
     return _add_bias(out_SD, weights.down_bias_eD, probability_S, rows, first_column)
 
 
 def _hidden(
-    x_SD: Tensor, weights: ExpertWeights, probability_S: Tensor, rows: "_Rows", activate: Activate | None
+    x_SD: Tensor,
+    weights: ExpertWeights,
+    probability_S: Tensor,
+    rows: "_Rows",
+    activate: Activate | None,
+    scalings: "ExpertScalings",
 ) -> Tensor:
     """Hidden activations times the gate; nothing that autograd does not keep outlives the call."""
     if activate is not None:
-        up_SM = _linear(x_SD, weights.up_eMD, rows)
-        gate_SM = None if weights.gate_eMD is None else _linear(x_SD, weights.gate_eMD, rows)
+        up_SM = _linear(x_SD, weights.up_eMD, rows, scalings.up)
+        gate_SM = None if weights.gate_eMD is None else _linear(x_SD, weights.gate_eMD, rows, scalings.gate)
         return activate(up_SM, gate_SM, weights.up_bias_eM, weights.gate_bias_eM, rows.expert_S, probability_S)
-    up_SM = _biased(_linear(x_SD, weights.up_eMD, rows), weights.up_bias_eM, rows)
+    up_SM = _biased(_linear(x_SD, weights.up_eMD, rows, scalings.up), weights.up_bias_eM, rows)
     if weights.gate_eMD is None:
         hidden_SM = torch.nn.functional.gelu(up_SM, approximate="tanh")
     else:
-        gate_SM = _biased(_linear(x_SD, weights.gate_eMD, rows), weights.gate_bias_eM, rows)
+        gate_SM = _biased(_linear(x_SD, weights.gate_eMD, rows, scalings.gate), weights.gate_bias_eM, rows)
         hidden_SM = torch.nn.functional.silu(gate_SM) * up_SM
     return (hidden_SM * probability_S.unsqueeze(-1)).to(x_SD.dtype)
 
@@ -137,8 +154,10 @@ class _Rows(NamedTuple):
         return cls(tokens_per_expert, ends, torch.repeat_interleave(numbers, sizes, output_size=x_SD.shape[0]))
 
 
-def _linear(x_SI: Tensor, weight_eOI: Tensor, rows: _Rows) -> Tensor:
-    """``x @ weight[expert of the row].T``."""
+def _linear(x_SI: Tensor, weight_eOI: Tensor, rows: _Rows, scaling: Scaling | None) -> Tensor:
+    """``x @ weight[expert of the row].T``, in FP8 where there are scales."""
+    if scaling is not None:
+        return fp8_grouped_linear(x_SI, weight_eOI, rows.sizes.tolist(), scaling)
     if not _is_groupable(x_SI, weight_eOI):
         parts = torch.split(x_SI, rows.sizes.tolist())
         return torch.cat([part @ weight.t() for part, weight in zip(parts, weight_eOI.unbind())])

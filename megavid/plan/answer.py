@@ -309,15 +309,21 @@ def _notes(
     config: RunConfig, layout: Layout, transfers: tuple[Transfer, ...], calibration: Calibration
 ) -> tuple[str, ...]:
     """Assumptions of the shared calibration that this layout leans on; a probe's numbers are measured."""
+    notes = []
+    if config.precision.fp8 != "off":
+        notes.append(
+            f"precision.fp8 = '{config.precision.fp8}' is not counted: memory and step time are those without it, as "
+            "products in FP8 were not measured on a GPU yet (docs/fp8.md)"
+        )
     far = {t.axis for t in transfers if t.operation == "all_to_all" and t.fabric == "network"}
     # DeepEP's kernels carry the experts' rows only where they are asked for.
     slower = sorted(far - ({"ep"} if config.parallel.dispatcher == "flex" else set()))
-    if calibration.name != "gpu" or not slower:
-        return ()
-    return (
-        f"all-to-alls across nodes ({', '.join(slower)}) are timed at {calibration.alltoall_efficiency:.0%} of the "
-        "network's rate, which DeepEP's kernels reach: optimistic for NCCL's, which run here",
-    )
+    if calibration.name == "gpu" and slower:
+        notes.append(
+            f"all-to-alls across nodes ({', '.join(slower)}) are timed at {calibration.alltoall_efficiency:.0%} of the "
+            "network's rate, which DeepEP's kernels reach: optimistic for NCCL's, which run here"
+        )
+    return tuple(notes)
 
 
 def _first_rank(layout: Layout, stage: int) -> int:

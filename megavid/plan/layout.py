@@ -186,6 +186,7 @@ def _check_model(config: RunConfig) -> None:
         not parallel.shared_expert_overlap or parallel.dispatcher == "alltoall",
         f"parallel.shared_expert_overlap = true needs parallel.dispatcher = 'alltoall', got '{parallel.dispatcher}'",
     )
+    _check_fp8(config)
     if model.family == "wan":
         require(
             parallel.expert == 1 and parallel.expert_tensor == 1,
@@ -238,6 +239,44 @@ def _check_experts(config: RunConfig) -> None:
         "parallel.sequence = false with parallel.tensor > 1 is for dense models: experts need sequence "
         "parallelism; leave parallel.sequence at 'auto'",
     )
+
+
+FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
+"""What the sides of a rank's matrices must be multiples of: GPUs' products with one scale, and whole tiles, so that no
+layout cuts one."""
+
+
+def _check_fp8(config: RunConfig) -> None:
+    precision, model, parallel, moe = config.precision, config.model, config.parallel, config.model.moe
+    if precision.fp8 == "off":
+        return
+    require(
+        config.lora.rank == 0,
+        f"precision.fp8 = '{precision.fp8}' with lora.rank = {config.lora.rank}: FP8 beside adapters is not built; set "
+        "one of them to off, or 0",
+    )
+    layers = [i for i in range(model.num_layers) if precision.is_fp8_layer(i, model.num_layers)]
+    require(
+        bool(layers),
+        f"precision.fp8 = '{precision.fp8}' leaves none of model.num_layers = {model.num_layers} in FP8: "
+        f"precision.fp8_skip_first = {precision.fp8_skip_first} and fp8_skip_last = {precision.fp8_skip_last} keep "
+        "them out; lower these",
+    )
+    sides = [("model.hidden_size", model.hidden_size, "parallel.tensor", parallel.tensor)]
+    if any(not model.is_moe_layer(i) for i in layers):
+        sides.append(("model.ffn_size", model.ffn_size, "parallel.tensor", parallel.tensor))
+    if any(model.is_moe_layer(i) for i in layers):
+        sides.append(
+            ("model.moe.expert_ffn_size", moe.expert_ffn_size, "parallel.expert_tensor", parallel.expert_tensor)
+        )
+        sides.append(("model.moe.shared_ffn_size", moe.shared_ffn_size, "parallel.tensor", parallel.tensor))
+    multiple = FP8_MULTIPLES[precision.fp8]
+    for key, size, degree, ranks in sides:
+        require(
+            size % (ranks * multiple) == 0,
+            f"precision.fp8 = '{precision.fp8}' needs {key} = {size} to be a multiple of {multiple} on each of "
+            f"{degree} = {ranks} ranks; change one of them, or take another recipe",
+        )
 
 
 def layers_of_chunk(model: ModelConfig, layout: Layout, pp_rank: int, vpp_rank: int) -> range:

@@ -125,7 +125,7 @@ def memory_of(
             "activations": activations,
             "dispatcher": dispatcher,
             "context_parallel": context,
-            "fp8": 0,  # no FP8 recipe is built, so no copies exist
+            "fp8": 0,  # no copies: matrices are rounded again for each product; histories are a few numbers
             "communicators": communicator_bytes(config, layout, domain),
             "cuda_context": CUDA_CONTEXT_BYTES,
             "allocator_slack": round(SLACK * (activations + dispatcher + context)),

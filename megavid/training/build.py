@@ -13,6 +13,7 @@ from megavid.training.callbacks import (
     BadSamples,
     Callback,
     Callbacks,
+    Fp8Log,
     MetricsLog,
     RouterLog,
     Run,
@@ -36,6 +37,8 @@ def build_callbacks(run: Run) -> Callbacks:
         entries.append((MetricsLog(), 1))
         if run.config.model.family == "wan_moe":
             entries.append((RouterLog(), log.interval_steps))
+        if run.config.precision.fp8 != "off" and log.fp8_interval_steps:
+            entries.append((Fp8Log(), log.fp8_interval_steps))
         if log.tensorboard:
             entries.append((TensorBoard(), 1))
         if log.wandb_project:

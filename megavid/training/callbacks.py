@@ -21,6 +21,7 @@ from megavid.models.moe.stats import collapse_alarms, summary
 from megavid.parallel.engine import Engine
 from megavid.parallel.mesh import Mesh
 from megavid.profiling.peak import Peak
+from megavid.training.fp8_figures import rounding_rows, worst_rounding
 from megavid.training.kit import SamplingKit
 from megavid.training.metrics import MetricsFile
 from megavid.training.routing import layer_rows, worst_figures
@@ -122,8 +123,10 @@ class MetricsLog(Callback):
         }
         if run.state.left_out:
             row["left_out"] = run.state.left_out
-        router = worst_figures(report.routing)
-        self.file.write({**row, "router": router} if router else row)
+        for name, figures in (("router", worst_figures(report.routing)), ("fp8", worst_rounding(report.fp8))):
+            if figures:
+                row[name] = figures
+        self.file.write(row)
 
     def before_save(self, run: Run) -> None:
         """Put the rows on the disk before the checkpoint that follows them."""
@@ -169,6 +172,22 @@ class RouterLog(Callback):
         self.file.__exit__()
 
 
+class Fp8Log(Callback):
+    """fp8.jsonl, a row for all layers in FP8 (rank 0)."""
+
+    def before_training(self, run: Run) -> None:
+        """Open the file behind the rows that stay."""
+        self.file = MetricsFile(run.run_dir.fp8_file)
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Write the row."""
+        self.file.write({"step": report.step, "layers": rounding_rows(report.fp8)})
+
+    def after_training(self, run: Run) -> None:
+        """Close the file."""
+        self.file.__exit__()
+
+
 def scalars_of(run: Run, report: StepReport) -> dict[str, float]:
     """Every figure of a step by its name in TensorBoard; those that nobody measured are left out."""
     scalars = {
@@ -181,6 +200,7 @@ def scalars_of(run: Run, report: StepReport) -> dict[str, float]:
     }
     speed = speed_figures(report, run.mesh.world_size, run.peak)
     scalars |= {f"speed/{name}": value for name, value in speed.items() if value is not None}
+    scalars |= {f"fp8/{name}": value for name, value in worst_rounding(report.fp8).items()}
     for layer, stats in report.routing.items():
         scalars |= {f"router_{layer}/{name}": value for name, value in summary(stats).items()}
     return scalars

@@ -234,7 +234,7 @@ def write_start(run: Run, start: Start, back: RollBack | None) -> None:
     }
     rows = mesh.all_gather_object(row)
     if mesh.is_main:
-        for file in (run_dir.metrics_file, run_dir.router_file):
+        for file in (run_dir.metrics_file, run_dir.router_file, run_dir.fp8_file):
             cut_after(file, run.state.step)
         run_dir.write_config(run.config)
         run_dir.write_ranks(rows)

@@ -8,12 +8,14 @@ every rank.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megavid.diffusion.objective import ClipLosses, Noised
+from megavid.models.fp8 import scalings_of, update_histories
 from megavid.models.moe.stats import RoutingStats, update_expert_bias_
 from megavid.ops.packs import LatentBatch
 from megavid.ops.regions import in_region, region
@@ -98,6 +100,8 @@ def train_step(
     finite = math.isfinite(loss) and math.isfinite(norm)
     is_taken = finite and loss <= loss_limit
     routing = _global_routing(engine)
+    with region("statistics"):
+        update_histories(scalings_of(engine.chunks), partial(mesh.max, over="tp_dp_cp"))
     culprit = ""
     if is_taken:
         engine.updates.step(learning_rate, norm)

@@ -217,14 +217,14 @@ def compare(what: Recorded, report: StepReport, layout: str, config: RunConfig, 
         config: that it was taken with: in another precision, or on another backend, the gap is told, not judged.
         routing: a line on forced routing; "" for none.
     """
-    dtype, was_dtype = config.precision.dtype, what.config.precision.dtype
-    is_same_math = (dtype, config.train.backend) == (was_dtype, what.config.train.backend)
+    precision, was_precision = numbers_of(config), numbers_of(what.config)
+    is_same_math = (precision, config.train.backend) == (was_precision, what.config.train.backend)
     is_same_layout = layout == what.layout and is_same_math
     lines = [
         f"step        {what.step}, from {what.checkpoint.name if what.checkpoint else 'the beginning of the run'}",
         f"layout      {layout}" + ("" if layout == what.layout else f"; the run's was {what.layout}"),
     ]
-    lines += [f"precision   {dtype}; the run's was {was_dtype}"] if dtype != was_dtype else []
+    lines += [f"precision   {precision}; the run's was {was_precision}"] if precision != was_precision else []
     lines += [f"routing     {routing}"] if routing else []
     is_good = True
     for name, was, now in (("loss", what.loss, report.loss), ("grad_norm", what.grad_norm, report.grad_norm)):
@@ -239,3 +239,9 @@ def compare(what: Recorded, report: StepReport, layout: str, config: RunConfig, 
             is_good &= not is_same_layout and (not is_same_math or gap <= (LAW if name == "loss" else 10 * LAW))
         lines.append(f"{name:<11} {now!r}  {verdict}")
     return is_good, lines
+
+
+def numbers_of(config: RunConfig) -> str:
+    """The number formats of a run."""
+    fp8 = config.precision.fp8
+    return config.precision.dtype + ("" if fp8 == "off" else f", FP8 {fp8}")

@@ -16,6 +16,7 @@ from megavid.config.resume import differences
 from megavid.config.schema import RunConfig
 from megavid.data.sample import ClipSource
 from megavid.errors import CheckpointError, ConfigError
+from megavid.models.fp8 import HISTORY
 from megavid.parallel.engine import Engine, Weights
 from megavid.training.kit import trained_tokenizer
 from megavid.training.state import TrainState
@@ -172,5 +173,7 @@ def load_weights(engine: Engine[Any], checkpoint: Checkpoint, *, kind: str) -> N
 
 def _fill(engine: Engine[Any], checkpoint: Checkpoint, kind: str, which: Weights) -> None:
     known = checkpoint.index.tensors
-    buffers = [fragment for fragment in engine.buffer_fragments() if fragment.name in known]
+    # Magnitudes of another run's tensors (FP8) are not taken along: a run finds its own in its first step.
+    own = (fragment for fragment in engine.buffer_fragments() if not fragment.name.endswith(HISTORY))
+    buffers = [fragment for fragment in own if fragment.name in known]
     checkpoint.fill([*engine.weight_fragments(kind, which), *buffers], engine.mesh, allow_unread=("",))

@@ -64,6 +64,7 @@ class RunDir:
         self.config_file = path / "run.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.router_file = path / "router.jsonl"
+        self.fp8_file = path / "fp8.jsonl"
         self.events_file = path / "events.jsonl"
         self.ranks_file = path / "ranks.json"
         self.tensorboard = path / "tensorboard"

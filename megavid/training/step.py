@@ -25,6 +25,7 @@ from megavid.plan.flops import recompute_flops
 from megavid.profiling.collectives import names_of
 from megavid.profiling.records import peak_memory_bytes
 from megavid.profiling.waits import WaitClock
+from megavid.training.fp8_figures import Fp8Figures, figures_of, is_watched, watching
 from megavid.training.model_step import Objective, train_step
 from megavid.training.routing import Routing, join_stages
 from megavid.training.schedule import learning_rate
@@ -63,6 +64,7 @@ class StepReport:
         step_time_s: time from one step's end to the next one's, this rank's, data and all.
         routing: what the routers did, by layer.
         clip_losses: of the clips whose loss this rank computed; none on pipeline stages before the last.
+        fp8: how well the layers in FP8 were rounded, at the steps that are watched.
     """
 
     step: int
@@ -81,6 +83,7 @@ class StepReport:
     step_time_s: float
     routing: Routing
     clip_losses: tuple[ClipLoss, ...]
+    fp8: Fp8Figures
 
     @property
     def tokens_per_s(self) -> float:
@@ -149,12 +152,15 @@ class TrainStep:
         rate = learning_rate(self.config.optimizer, step)
         limit = state.loss_limit(self.config.train.spike_factor, self.config.train.spike_window)
         waited_s = 0.0 if self.waits is None else self.waits.total_s
+        is_fp8_watched = is_watched(self.config, step)
         with self.waits or contextlib.nullcontext():
-            metrics = train_step(self.engine, microbatches, self.objective, learning_rate=rate, loss_limit=limit)
+            with watching(self.engine, is_fp8_watched):
+                metrics = train_step(self.engine, microbatches, self.objective, learning_rate=rate, loss_limit=limit)
             with region("statistics"):
                 counts = self._counts(microbatches)
                 routing = join_stages(self.config.model, self.mesh, metrics.routing)
                 clip_losses = self.objective.take(self.mesh)
+                fp8 = figures_of(self.engine) if is_fp8_watched else {}
         state.step = step
         state.updates = self.engine.updates.updates
         state.skipped += not metrics.finite
@@ -181,6 +187,7 @@ class TrainStep:
             step_time_s=self._ended - began,
             routing=routing,
             clip_losses=clip_losses,
+            fp8=fp8,
         )
 
     def _counts(self, microbatches: Sequence[LatentBatch]) -> "_Counts":

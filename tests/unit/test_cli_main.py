@@ -117,6 +117,7 @@ def test_doctor_reports_every_probe(capsys: pytest.CaptureFixture[str]) -> None:
         "apex",
         "DeepSpeed",
         "DeepEP",
+        "FP8",
     ):
         assert name in out
 

@@ -92,3 +92,10 @@ def test_hfu_is_above_mfu_by_what_is_computed_again() -> None:
     none, full = (plan("wan_1b", 8, "--parallel.recompute", mode) for mode in ("none", "full"))
     assert none.hfu / none.mfu == pytest.approx(1.0, abs=0.01)  # padding alone
     assert full.hfu / full.mfu == pytest.approx(4 / 3, abs=0.01)
+
+
+def test_fp8_is_said_not_to_be_counted() -> None:
+    plain, narrow = (plan("wan_1b", 8, "--precision.fp8", kind) for kind in ("off", "blockwise"))
+    assert (narrow.time.total, narrow.memory.total) == (plain.time.total, plain.memory.total)
+    assert [note for note in plain.notes if "fp8" in note] == []
+    assert any("precision.fp8 = 'blockwise' is not counted" in note for note in narrow.notes)

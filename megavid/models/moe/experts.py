@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megavid.config.schema import ModelConfig
 from megavid.errors import ConfigError
-from megavid.ops.grouped_experts import ExpertWeights, grouped_experts
+from megavid.models.fp8 import Fp8Build
+from megavid.ops.grouped_experts import ExpertScalings, ExpertWeights, grouped_experts
 from megavid.ops.moe_ops import Activate
 from megavid.parallel.placement import Init, Piece, Placement, place
 from megavid.plan.layout import Layout
@@ -67,6 +69,13 @@ class GroupedExperts(nn.Module):
         self.gate_bias = self._bias("gate", hidden) if moe.has_bias and moe.activation == "swiglu" else None
         self.down_weight = self._matrix("down", width, hidden)
         self.down_bias = self._bias("down", width // layout.etp) if moe.has_bias else None
+        self.scalings: nn.ModuleDict = nn.ModuleDict()
+
+    def in_fp8(self, fp8: Fp8Build, group: ProcessGroup) -> "GroupedExperts":
+        """Compute the products in FP8 from now on, the ranks of ``group`` sharing scales; returns itself."""
+        matrices = ["up", "down"] if self.gate_weight is None else ["up", "down", "gate"]
+        self.scalings = nn.ModuleDict({which: fp8.scaling(f"{self.name}.{which}", group) for which in matrices})
+        return self
 
     def forward(
         self, permuted_hidden: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
@@ -84,14 +93,14 @@ class GroupedExperts(nn.Module):
         weights = ExpertWeights(
             self.up_weight, self.down_weight, self.gate_weight, self.up_bias, self.gate_bias, self.down_bias
         )
-        probability = permuted_probs.reshape(-1)
         out_SD = grouped_experts(
             permuted_hidden,
             tokens_per_expert,
             weights,
-            probability,
+            permuted_probs.reshape(-1),
             first_column=self.first_column,
             activate=self.activate,
+            scalings=ExpertScalings(**self.scalings) if self.scalings else None,
         )
         return out_SD, None
 

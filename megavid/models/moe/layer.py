@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megavid.config.schema import ModelConfig
+from megavid.models.fp8 import Fp8Build
 from megavid.models.moe.dispatcher import build_dispatcher
 from megavid.models.moe.experts import GroupedExperts
 from megavid.models.moe.router import Router
@@ -105,6 +106,8 @@ def build_moe(
     layout: Layout,
     coordinates: dict[str, int],
     ops: MoEOps = REFERENCE_MOE,
+    *,
+    fp8: Fp8Build | None = None,
 ) -> VideoMoELayer:
     """The expert layer of block ``layer`` (from 0 in the whole model), with no values in its parameters yet.
 
@@ -116,6 +119,7 @@ def build_moe(
         layout: the run's layout.
         coordinates: where this rank stands on its axes.
         ops: what the layer computes between its matrix products.
+        fp8: how experts and the shared one are in FP8; None for not at all.
 
     Raises:
         ConfigError: the dispatcher cannot run here, or the layout does not divide the experts.
@@ -124,14 +128,15 @@ def build_moe(
     device = _device(config)
     shared = None
     if moe.shared_ffn_size:
-        shared = SharedExpert(config, model, f"{name}.shared", groups, layout, coordinates)
+        shared = SharedExpert(config, model, f"{name}.shared", groups, layout, coordinates, fp8=fp8)
     num_local_experts = moe.num_experts // layout.ep
     dtype: torch.dtype = config.params_dtype
+    experts = GroupedExperts(
+        num_local_experts, model, name, layout, coordinates, dtype=dtype, device=device, activate=ops.activate
+    )
     return VideoMoELayer(
         router=build_router(model, name, groups, layout, dtype=dtype, device=device, ops=ops),
-        experts=GroupedExperts(
-            num_local_experts, model, name, layout, coordinates, dtype=dtype, device=device, activate=ops.activate
-        ),
+        experts=experts if fp8 is None else experts.in_fp8(fp8, groups.tp_ep),
         dispatcher=build_dispatcher(moe, num_local_experts, config, groups, ops.permutation),
         shared=shared,
         overlaps_shared=bool(config.moe_shared_expert_overlap),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megavid.config.schema import ModelConfig
-from megavid.parallel import mcore
+from megavid.models.fp8 import Fp8Build, column_class, row_class
 from megavid.parallel.placement import Init, Piece, Placement, place
 from megavid.plan.layout import Layout
 
@@ -24,10 +24,19 @@ class SharedExpert(nn.Module):
         groups: megatron-core's ProcessGroupCollection.
         layout: the run's layout.
         coordinates: where this rank stands on its axes.
+        fp8: how its products are in FP8; None for not at all.
     """
 
     def __init__(
-        self, config: Any, model: ModelConfig, name: str, groups: Any, layout: Layout, coordinates: dict[str, int]
+        self,
+        config: Any,
+        model: ModelConfig,
+        name: str,
+        groups: Any,
+        layout: Layout,
+        coordinates: dict[str, int],
+        *,
+        fp8: Fp8Build | None = None,
     ) -> None:
         super().__init__()
         moe, width = model.moe, model.hidden_size
@@ -43,8 +52,10 @@ class SharedExpert(nn.Module):
             "skip_bias_add": False,
             "tp_group": groups.tp,
         }
-        self.up = mcore.ColumnParallelLinear(width, moe.shared_ffn_size * len(matrices), gather_output=False, **common)
-        self.down = mcore.RowParallelLinear(moe.shared_ffn_size, width, input_is_parallel=True, **common)
+        column = column_class(fp8, f"{name}.{matrices[0]}", groups.tp_cp)
+        row = row_class(fp8, f"{name}.down", groups.tp_cp)
+        self.up = column(width, moe.shared_ffn_size * len(matrices), gather_output=False, **common)
+        self.down = row(moe.shared_ffn_size, width, input_is_parallel=True, **common)
         self._place(matrices, width, moe.shared_ffn_size, layout.sequence)
 
     def forward(self, hidden_tBD: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""Matrix products of a linear layer, or of a rank's experts, in eight bits: forward, and both of the backward pass.
+
+Owns the recipes, what each operand is scaled by, and the gradients. Every product sums over the last dim of both
+operands, and each operand is rounded once for each product it is in: with scales by tile the input and the gradient are
+rounded twice, along their width and along the tokens. The matrix is rounded again in the backward pass instead of being
+kept; of the input only its eight bits are kept.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized, quantize, quantize_tiles, scaled_matmul
+
+RecipeName = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+Role = Literal["input", "weight", "gradient"]
+ROLES: tuple[Role, ...] = ("input", "weight", "gradient")
+"""Operands of a layer's products, in the order of everything that is kept for each of them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How operands are scaled.
+
+    Attributes:
+        name: ``tensorwise``: one scale from the tensor at hand; ``delayed``: one from earlier steps; ``blockwise``: one
+            for 128 numbers of an input or gradient, and 128 x 128 of a matrix; ``mxfp8``: one byte for 32 numbers.
+        gradient_dtype: of gradients; inputs and matrices are e4m3.
+    """
+
+    name: RecipeName
+    gradient_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, name: RecipeName, gradients: Literal["auto", "e4m3", "e5m2"]) -> "Recipe":
+        """The recipe; "auto" takes e5m2's range where a scale serves a whole tensor, else e4m3's precision."""
+        if gradients == "auto":
+            gradients = "e5m2" if name in ("tensorwise", "delayed") else "e4m3"
+        return cls(name, E5M2 if gradients == "e5m2" else E4M3)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether scales belong to tiles, not to whole tensors."""
+        return self.name in ("blockwise", "mxfp8")
+
+    def dtype(self, role: Role) -> torch.dtype:
+        """Format of an operand."""
+        return self.gradient_dtype if role == "gradient" else E4M3
+
+    def quantize(self, x: Tensor, role: Role, scale: Tensor | None) -> Quantized:
+        """``x`` [..., rows, columns] in eight bits, for a product that sums over its columns."""
+        if scale is not None:
+            return quantize(x, scale, self.dtype(role))
+        if self.name == "mxfp8":
+            return quantize_tiles(x, (1, 32), self.dtype(role), scale_dtype=E8M0)
+        return quantize_tiles(x, (128, 128) if role == "weight" else (1, 128), self.dtype(role))
+
+
+class Scaling(Protocol):
+    """What a layer's products ask for: the scales of whole tensors, and who watches the rounding."""
+
+    recipe: Recipe
+
+    def scales(self, tensors: dict[Role, Tensor], *, is_training: bool) -> dict[Role, Tensor | None]:
+        """One scale for each tensor, alike on all ranks that share it; None where tiles have their own.
+
+        Args:
+            tensors: the operands.
+            is_training: their magnitudes count for the scales of later steps.
+        """
+
+    def watch(self, role: Role, x: Tensor, rounded: Quantized) -> None:
+        """See ``x`` and what became of it."""
+
+
+def fp8_linear(x: Tensor, weight_OI: Tensor, scaling: Scaling) -> Tensor:
+    """``x @ weight.T`` in eight bits; [..., I] to [..., O] in the dtype of ``x``.
+
+    Ranks: collective over those that share a scale, in the forward and in the backward pass.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = fp8_grouped_linear(rows, weight_OI.unsqueeze(0), [rows.shape[0]], scaling)
+    return out.view(*x.shape[:-1], weight_OI.shape[0])
+
+
+def fp8_grouped_linear(x_SI: Tensor, weight_eOI: Tensor, sizes: list[int], scaling: Scaling) -> Tensor:
+    """``x @ weight[expert of the row].T`` in eight bits, one product for each expert.
+
+    Args:
+        x_SI: rows sorted by expert.
+        weight_eOI: matrices.
+        sizes: rows of each expert.
+        scaling: of the layer; one scale serves the matrices of all experts.
+
+    Gradient:
+        Every matrix gets one, zero for an expert without rows.
+    """
+    out: Tensor = _Fp8Linear.apply(  # type: ignore[no-untyped-call]
+        x_SI, weight_eOI, sizes, scaling, torch.is_grad_enabled()
+    )
+    return out
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs beside tensors."""
+
+    sizes: list[int]
+    scaling: Scaling
+    has_scales: bool
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_SI: Tensor, weight_eOI: Tensor, sizes: list[int], scaling: Scaling, is_training: bool
+    ) -> Tensor:
+        recipe = scaling.recipe
+        scales = scaling.scales({"input": x_SI, "weight": weight_eOI}, is_training=is_training)
+        x8 = recipe.quantize(x_SI, "input", scales["input"])
+        weight8 = recipe.quantize(weight_eOI, "weight", scales["weight"])
+        scaling.watch("input", x_SI, x8)
+        scaling.watch("weight", weight_eOI, weight8)
+        ctx.kept = _Kept(sizes, scaling, scales["input"] is not None)
+        if ctx.needs_input_grad[1]:
+            x8_along_tokens = [x8.t] if ctx.kept.has_scales else _along_tokens(recipe, x_SI, sizes, "input")
+            parts = [tensor for part in x8_along_tokens for tensor in (part.data, part.scale)]
+        else:
+            parts = []
+        ctx.save_for_backward(weight_eOI, scales["weight"], *parts)
+        return _by_expert(x8, weight8, sizes, x_SI.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:
+        weight_eOI, weight_scale, *parts = ctx.saved_tensors
+        sizes, scaling, has_scales = ctx.kept
+        recipe = scaling.recipe
+        (scale,) = scaling.scales({"gradient": grad_SO}, is_training=True).values()
+        grad8 = recipe.quantize(grad_SO, "gradient", scale)
+        scaling.watch("gradient", grad_SO, grad8)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            weight8 = recipe.quantize(weight_eOI.transpose(-1, -2), "weight", weight_scale)
+            grad_x = _by_expert(grad8, weight8, sizes, grad_SO.dtype)
+        if ctx.needs_input_grad[1]:
+            if has_scales:
+                x8 = _columns(Quantized(*parts), sizes)
+                gradients = _columns(grad8.t, sizes)
+            else:
+                tile = (1, 32) if recipe.name == "mxfp8" else (1, 128)
+                x8 = [Quantized(data, scale, tile) for data, scale in zip(parts[::2], parts[1::2])]
+                gradients = _along_tokens(recipe, grad_SO, sizes, "gradient")
+            pairs = zip(gradients, x8, strict=True)
+            grad_weight = torch.stack([scaled_matmul(gradient, x, weight_eOI.dtype) for gradient, x in pairs])
+        return grad_x, grad_weight, None, None, None
+
+
+def _by_expert(x: Quantized, weight: Quantized, sizes: list[int], dtype: torch.dtype) -> Tensor:
+    """``x @ weight[expert].T``, expert by expert."""
+    if len(sizes) == 1:
+        return scaled_matmul(x, weight.matrix(0), dtype)
+    outs, start = [], 0
+    for expert, size in enumerate(sizes):
+        outs.append(scaled_matmul(x.rows(start, start + size), weight.matrix(expert), dtype))
+        start += size
+    return torch.cat(outs)
+
+
+def _along_tokens(recipe: Recipe, x_SI: Tensor, sizes: list[int], role: Role) -> list[Quantized]:
+    """Each expert's rows, transposed, with tiles along them."""
+    return [recipe.quantize(part.t(), role, None) for part in torch.split(x_SI, sizes)]
+
+
+def _columns(x_IS: Quantized, sizes: list[int]) -> list[Quantized]:
+    """Each expert's columns of a tensor with one scale."""
+    return [Quantized(part, x_IS.scale) for part in torch.split(x_IS.data, sizes, dim=1)]
