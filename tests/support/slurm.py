@@ -100,7 +100,7 @@ class SlurmCluster:
         self._kill_wait_s = kill_wait_s
         self.env = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
-            "PATH": _path(),
+            "PATH": f"{Path(sys.executable).parent}:{_path()}",  # torchrun is there
             "SLURM_CONF": str(self.conf),
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "MEGAVID_COMMAND": f"{sys.executable} -m megavid",
@@ -285,9 +285,16 @@ class SlurmCluster:
                 found.append(pid)
         return found
 
+    def command(self, pid: int) -> str:
+        """What a process runs, and its state; for a test that did not expect it."""
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            return f"{pid} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2][:2]} {words}"
+        return f"{pid} is gone"
+
 
 @contextmanager
-def halting(pid: int, share: float = 0.1) -> Iterator[None]:
+def halting(pid: int, share: float) -> Iterator[None]:
     """While open, the process runs for ``share`` of the time only, 5 ms at once."""
     is_over = threading.Event()
 
