@@ -1,8 +1,11 @@
 """Every error that megavid raises on purpose, each with the exit status of the command line.
 
-Owns the classes and the exit codes, nothing else. A message says what, what was got, the limit, and where to
-change it, in one line.
+Owns the classes, the exit codes and how a job's script hears one, nothing else. A message says what, what was got, the
+limit, and where to change it, in one line.
 """
+
+import os
+from contextlib import suppress
 
 
 class MegavidError(Exception):
@@ -49,3 +52,18 @@ class StopRequested(MegavidError):
     """The run was asked to stop (a signal, the end of its time) after saving; it may be queued again."""
 
     exit_code = 75
+
+
+def tell_job(status: int) -> None:
+    """Write an exit status other than 0 to the file that the job's script reads, if there is one.
+
+    ``MEGAVID_STATUS_FILE`` names it. Launchers do not hand a status on: torchrun says 1 whatever its ranks said, and
+    srun has one from each. The first rank's word stays: the others end because of it.
+    """
+    file = os.environ.get("MEGAVID_STATUS_FILE")
+    if file is None or status == 0:
+        return
+    with suppress(OSError):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.write(descriptor, f"{status}\n".encode())
+        os.close(descriptor)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from megavid import __version__
-from megavid.errors import ConfigError, MegavidError, StorageError
+from megavid.errors import ConfigError, MegavidError, StorageError, tell_job
 
 COMMANDS = (
     "train", "sample", "plan", "profile", "prepare", "convert", "upcycle", "inspect", "status", "replay", "diff",
@@ -45,7 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None for the process's own.
     """
     try:
-        status = _dispatch(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+        status = _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+    except Exception:  # that nobody expected
+        tell_job(1)
+        raise
+    tell_job(status)
+    return status
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        status = _dispatch(argv)
         sys.stdout.flush()  # here, so that a reader who left is noticed here
     except MegavidError as error:
         return _fail(str(error), error.exit_code)

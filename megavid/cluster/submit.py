@@ -40,6 +40,11 @@ class Job:
     reason: str
     exit_code: int
 
+    @property
+    def words(self) -> str:
+        """Its state, for a person."""
+        return self.state + (f" ({self.reason})" if self.state == "PENDING" else "")
+
 
 def ask(*command: str) -> str:
     """What a Slurm command prints.
@@ -57,7 +62,7 @@ def ask(*command: str) -> str:
 
 
 def submit(script: Path, chain: int) -> list[str]:
-    """Queue ``chain`` jobs, each behind the one before; their numbers.
+    """Queue ``chain`` jobs, each behind the one before; their numbers, which job.sh finds in ``chain`` beside it.
 
     ``afterany``: a job that was stopped, or lost a node, ends with a status of its own, and ``afterok`` behind it would
     wait for ever.
@@ -66,21 +71,33 @@ def submit(script: Path, chain: int) -> list[str]:
     for _ in range(chain):
         behind = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         jobs.append(ask("sbatch", "--parsable", *behind, str(script)).strip().partition(";")[0])
+        with script.with_name("chain").open("a", encoding="utf-8") as file:
+            file.write(f"{jobs[-1]}\n")
     return jobs
 
 
-def look(job: str) -> Job:
-    """What Slurm says of it now; a job that Slurm has forgotten has ended."""
+def look(job: str) -> Job | None:
+    """What Slurm says of it now; None where it does not answer, as while its controller starts anew.
+
+    Raises:
+        SlurmError: Slurm has forgotten the job, so how it ended is not known.
+    """
     try:
         text = ask("scontrol", "show", "job", "-o", job)
-    except SlurmError:
-        return Job("COMPLETED", "forgotten by Slurm", 0)
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            raise SlurmError(f"Slurm no longer knows job {job}: how it ended stands in its log") from error
+        return None
     fields = dict(re.findall(r"(\w+)=(\S*)", text))
     return Job(fields["JobState"], fields.get("Reason", ""), int(fields.get("ExitCode", "0:0").partition(":")[0]))
 
 
 def follow(job: str, log: Path) -> int:
-    """Print what the job writes until it has ended, through requeues too; its exit status. Ctrl-C leaves it running."""
+    """Print what the job writes until it has ended, through requeues too; its exit status. Ctrl-C leaves it running.
+
+    Raises:
+        SlurmError: Slurm has forgotten the job.
+    """
     position, said = 0, ""
     while True:
         now = look(job)
@@ -91,10 +108,10 @@ def follow(job: str, log: Path) -> int:
             position += len(text)
             sys.stdout.write(text.decode("utf-8", errors="replace"))
             sys.stdout.flush()
-        if now.state in ENDED:
+        if now is not None and now.state in ENDED:
             print(f"job {job}: {now.state}, exit status {now.exit_code}")
             return now.exit_code if now.state != "CANCELLED" else 128 + 15
-        waits = f"job {job}: {now.state}" + (f" ({now.reason})" if now.state == "PENDING" else "")
+        waits = f"job {job}: " + (now.words if now is not None else "Slurm does not answer; asking again")
         if waits != said:
             said = waits
             print(waits, flush=True)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, Self
 import torch.distributed as dist
 
 from megavid.config.watchdog import WatchdogConfig
-from megavid.errors import MegavidError, RankLost
+from megavid.errors import MegavidError, RankLost, tell_job
 from megavid.parallel.host import host_name
 from megavid.parallel.launch import RankEnv
 from megavid.training.flight import FlightRecorder, read_slot
@@ -219,4 +219,5 @@ def leave(env: RankEnv, error: MegavidError, *, is_first: bool) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
+        tell_job(error.exit_code)
         os._exit(error.exit_code)

@@ -50,6 +50,7 @@ class Training:
     cluster: SlurmCluster
     out: Path
     job: str = ""
+    ranks_by: str = "srun"
     log_from: int = 0
     """Where the log of the present start begins."""
 
@@ -57,8 +58,9 @@ class Training:
         """Queue the shipped script on this run."""
         self.log_from = 0
         self.job = self.cluster.submit(
-            EXAMPLES / "train.sbatch", "tiny", "--out", str(self.out), *FLAGS, *args, options=NODES
-        )
+            EXAMPLES / "train.sbatch", "tiny", "--out", str(self.out), *FLAGS, *args, options=NODES,
+            env={"MEGAVID_RANKS_BY": self.ranks_by},
+        )  # fmt: skip
 
     def submit(self, *args: str) -> None:
         """Queue it, and wait until it trains."""
@@ -114,9 +116,9 @@ class Training:
 
     def assert_nothing_left(self, job: str = "") -> None:
         """No process of the job (the present one, unless named) runs, or will in a moment."""
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 100
         while left := self.cluster.processes(job or self.job):
-            assert time.monotonic() < deadline, left
+            assert time.monotonic() < deadline, [self.cluster.command(pid) for pid in left]
             time.sleep(0.1)
 
 
@@ -234,6 +236,28 @@ def lost_node(cluster: SlurmCluster, name: str) -> Iterator[None]:
         cluster.start_node(name)
         with suppress(AssertionError):  # it is back already: ReturnToService = 2
             cluster.ask("scontrol", "update", f"NodeName={name}", "State=RESUME")
+
+
+def test_ranks_of_torchrun_save_and_die_like_those_of_srun(
+    cluster: SlurmCluster, tmp_path: Path, undisturbed: list[tuple[object, ...]]
+) -> None:
+    """torchrun says 1 whatever its ranks said, and would kill them half a minute after a signal."""
+    training = Training(cluster, tmp_path / "run", ranks_by="torchrun")
+    training.submit()
+    try:
+        training.wait_steps(2)
+        cluster.ask("scancel", "--batch", "--signal=USR1", training.job)
+        step = training.assert_stopped("SIGUSR1")
+        assert training.restart() == step
+        training.wait_steps(1)
+        os.kill(training.pid(1), signal.SIGKILL)
+        cluster.wait_state(training.job, "PENDING")
+        assert len(training.faults()) == 1, cluster.log(training.job)
+    finally:
+        cluster.end(training.job)
+    found = rows(training.out)
+    assert len(found) > step
+    assert found == undisturbed[: len(found)]
 
 
 def test_bad_input_is_not_requeued(cluster: SlurmCluster, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -155,3 +156,23 @@ def test_a_row_of_versions_takes_its_prefix_only(torch: str, accepted: bool) -> 
 def test_rows_that_are_tested_come_first() -> None:
     tested = [row.tested.startswith("tested") for row in VERSIONS]
     assert tested == sorted(tested, reverse=True)
+
+
+def test_first_exit_status_is_told_to_the_script_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "status"
+    _command(monkeypatch, _raising(errors.StorageError("full")))
+    assert main.main(["train"]) == 3  # without a script that asks
+    monkeypatch.setenv("MEGAVID_STATUS_FILE", str(file))
+    assert main.main(["--version"]) == 0
+    assert not file.exists()
+    assert main.main(["train"]) == 3
+    errors.tell_job(5)  # of another rank, a moment later
+    assert file.read_text() == "3\n"
+
+
+def test_unexpected_error_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAVID_STATUS_FILE", str(tmp_path / "status"))
+    _command(monkeypatch, _raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        main.main(["train"])
+    assert (tmp_path / "status").read_text() == "1\n"

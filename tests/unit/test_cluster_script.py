@@ -135,3 +135,51 @@ def test_holder_of_the_lock_is_over_where_slurm_says_so(
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "8", "SLURM_CLUSTER_NAME": "big"}
     done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == ended, done.stderr
+
+
+def sourced(tmp_path: Path, words: str, **commands: str) -> str:
+    """What bash prints that sources job.sh, with ``commands`` (name: body) in place of Slurm's."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    for name, body in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = f"set -uo pipefail; MEGAVID=(megavid) SRUN_OPTIONS=(); source {EXAMPLES / 'job.sh'}; {words}"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[0-1]"}
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_NTASKS_PER_NODE": "8", **slurm}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ranks_by", "launcher", "status"),
+    [
+        ("srun", "exit 0", "0"),
+        ("srun", 'echo 75 > "$MEGAVID_STATUS_FILE"; exit 143', "75"),
+        ("srun", "exit 127", "127"),
+        ("torchrun", 'echo 3 > "$MEGAVID_STATUS_FILE"; exit 1', "3"),
+        ("torchrun", "exit 1", "137"),
+    ],
+)
+def test_status_is_the_one_that_the_first_rank_wrote(tmp_path: Path, ranks_by: str, launcher: str, status: str) -> None:
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    (tmp_path / "run" / "slurm" / "7.0.status").write_text("4\n")  # of a former command of this start, as preflight
+    words = f'RANKS_BY={ranks_by}; run_ranks train tiny --out {tmp_path / "run"} > /dev/null; echo "$status"'
+    assert sourced(tmp_path, words, srun=launcher).strip() == status
+
+
+def test_hosts_that_a_person_left_out_stay_out(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "exclude").write_text("n7\n")
+    shown = '[ "$3" = 8 ] && hosts="n[3-4]"; echo "   ReqNodeList=(null) ExcNodeList=${hosts:-(null)} Nice=0"'
+    scontrol = f'if [ "$1" = show ]; then {shown}; else echo "$@"; fi'
+    said = sourced(tmp_path, f"OUT={tmp_path}; exclude_bad_hosts 8 9", scontrol=scontrol)
+    assert "update JobId=8 ExcNodeList=n[3-4],n7\n" in said
+    assert "update JobId=9 ExcNodeList=n7\n" in said
+
+
+def test_only_this_chain_waits_behind_it(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "chain").write_text("8\n9\n")
+    assert sourced(tmp_path, f"OUT={tmp_path}; waiting_jobs", squeue="echo 9; echo 90; echo 10").split() == ["9"]
+    assert sourced(tmp_path / "bin", "OUT=/nowhere; waiting_jobs || true", squeue="echo 9") == ""

@@ -27,14 +27,17 @@ run_ranks() {
     [ -n "$OUT" ] || { echo "sbatch ${0##*/}: --out DIR is missing among its arguments" >&2; exit 2; }
     mkdir -p "$OUT/slurm"
     errors=$OUT/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.srun
+    export MEGAVID_STATUS_FILE=${errors%.srun}.status # the first rank that ends writes its exit status there
+    rm -f "$MEGAVID_STATUS_FILE"
     stage_environment || { status=$?; return; }
     local command=("${MEGAVID[@]}" "$@")
     if [ "$RANKS_BY" = torchrun ]; then
         local each=${SLURM_NTASKS_PER_NODE:?--ntasks-per-node says how many ranks a node has}
         SRUN_OPTIONS+=(--ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES")
-        # Each node names itself: the number of its task is the number of the node.
-        command=(bash -c 'exec torchrun --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_PROCID" \
-            --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --signals-to-handle SIGUSR1,SIGTERM,SIGINT \
+        # Each node names itself: the number of its task is the number of the node. Slurm's signals reach every process of
+        # a step, the ranks too; torchrun ignores them, as its answer would be to kill the ranks 30 s later, saved or not.
+        command=(bash -c 'trap "" USR1 TERM; exec torchrun --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_PROCID" \
+            --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --signals-to-handle SIGINT \
             --nproc-per-node "$0" --no-python "$@"' "$each" "${command[@]}")
     fi
     export MEGAVID_ENDED_JOB
@@ -55,17 +58,15 @@ run_ranks() {
         say "got $signal: every rank is told to save and stop"
     done
     trap '' USR1 TERM
-    # One rank that ends a moment before the others has srun kill those, and say 143: what the first one said is meant.
+    # What the first rank said is meant: srun kills the others then, and says 143; torchrun says 1 whatever happened, and
+    # where it does so without a word of any rank, one was killed.
     if [ $status -ne 0 ]; then
         sleep 1 # for tee's last lines
+        ls "$OUT/slurm" > /dev/null # a shared file system looks anew
         local said
-        said=$(sed -n 's/^srun: error: .*: tasks* .*: Exited with exit code \([0-9]*\)$/\1/p' "$errors" |
-            grep -xE '1|2|3|4|5|75' | head -n 1)
+        said=$(cat "$MEGAVID_STATUS_FILE" 2>/dev/null)
+        [ -z "$said" ] && [ "$RANKS_BY" = torchrun ] && said=137
         status=${said:-$status}
-    fi
-    # torchrun says 1 whatever its ranks said; the run's own record knows better.
-    if [ "$RANKS_BY" = torchrun ] && [ $status -ne 0 ] && tail -n 1 "$OUT/events.jsonl" | grep -q '"stopped"'; then
-        status=75
     fi
 }
 
@@ -130,17 +131,22 @@ bad_hosts() {
 
 # Keep the waiting starts of this run away from bad hosts: those of a chain, and this job once it is requeued.
 exclude_bad_hosts() {
-    local hosts job
+    local hosts job before
     hosts=$(bad_hosts)
     [ -n "$hosts" ] || return 0
     for job in "$@"; do
-        scontrol update JobId="$job" ExcNodeList="$hosts" && say "job $job leaves out $hosts"
+        before=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p') # a person's --exclude stays
+        [ "$before" = "(null)" ] && before=""
+        scontrol update JobId="$job" ExcNodeList="${before:+$before,}$hosts" && say "job $job leaves out $hosts"
     done
 }
 
 job_state() { scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p'; }
 
-waiting_jobs() { squeue --noheader --states=PENDING --name="$SLURM_JOB_NAME" --user="$(id -un)" --format=%i; }
+# Those of this run's chain: `megavid launch slurm` has written their numbers.
+waiting_jobs() {
+    squeue --noheader --states=PENDING --user="$(id -un)" --format=%i | grep -xFf "$OUT/slurm/chain" 2>/dev/null
+}
 
 finish() {
     local faults
