@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 # First: it imports megatron-core without its warnings, and an unusable Transformer Engine out of the way.
 import megavid.parallel.mcore  # noqa: F401
@@ -25,14 +24,16 @@ import megatron.core.tensor_parallel.random as mcore_random
 import megatron.core.transformer.moe.token_dispatcher as mcore_dispatcher
 
 CPU = torch.device("cpu")
+FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand",
+    "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+"""Functions of torch that take ``device=``, with which buffers, masks and counters are made."""
 
 
 @functools.cache
 def install() -> None:
-    """Let megatron-core run on this process's CPU. Idempotent, irreversible, inherited by forked children.
-
-    Torch functions called on other threads than this one are not redirected: what asks for "cuda" must run here.
-    """
+    """Let megatron-core run on this process's CPU. Idempotent, irreversible, inherited by forked children."""
     # Linears with sequence parallelism warn without it; it orders kernels of one GPU, so it means nothing here.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # megatron-core's jit_fuser is torch.compile, and dynamo refuses to trace the replaced torch.cuda names.
@@ -41,7 +42,7 @@ def install() -> None:
     _replace_random_state()
     _repair_dispatcher()
     _repair_uneven_collectives()
-    CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
+    _replace_tensor_functions()
 
 
 def is_installed() -> bool:
@@ -58,50 +59,6 @@ def to_cpu(device: Any) -> Any:
     if isinstance(device, int) and not isinstance(device, bool):
         return CPU
     return device
-
-
-class CudaMeansCpu(TorchFunctionMode):
-    """Sends what asks for a GPU to the CPU, and gives the few answers about tensors that megatron-core insists on."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called by torch for each of its functions while the mode is active, so the common path is two lookups."""
-        if kwargs and kwargs.get("device") is not None:
-            # Factories of buffers, masks and counters: torch.zeros(..., device="cuda").
-            kwargs = {**kwargs, "device": to_cpu(kwargs["device"])}
-        answer = _ANSWERS.get(func)
-        if answer is not None:
-            return answer(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
-def _answer_to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x.to("cuda", ...)``, where the device is positional."""
-    if len(args) > 1:
-        args = (args[0], to_cpu(args[1]), *args[2:])
-    return func(*args, **kwargs)
-
-
-def _answer_type(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x.type()``: the optimizers compare it with "torch.cuda.FloatTensor" and refuse anything else."""
-    result = func(*args, **kwargs)
-    if len(args) == 1 and not kwargs:
-        return result.replace("torch.", "torch.cuda.", 1)
-    return result
-
-
-def _answer_self(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x.cuda()`` and ``x.pin_memory()``: the tensor is where it should be."""
-    return args[0]
-
-
-_ANSWERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
-    torch.Tensor.to: _answer_to,
-    torch.Tensor.type: _answer_type,
-    torch.Tensor.cuda: _answer_self,
-    torch.Tensor.pin_memory: _answer_self,
-}
 
 
 class HostStream:
@@ -142,12 +99,44 @@ def _replace_cuda_runtime() -> None:
     cuda.current_stream = cuda.default_stream = lambda *args: stream
     cuda.stream = lambda *args: contextlib.nullcontext()
     cuda.nvtx.range_push, cuda.nvtx.range_pop = nothing(), nothing()
-    # Not an answer of the mode: torch refuses the stand-in for a stream before it asks any mode.
-    tensor: Any = torch.Tensor
-    tensor.record_stream = nothing()
-    # Modules move themselves with .cuda(torch.cuda.current_device()); Tensor.cuda is the mode's business.
+    # Modules move themselves with .cuda(torch.cuda.current_device()).
     module: Any = torch.nn.Module
     module.cuda = lambda self, *args, **kwargs: self
+
+
+def _replace_tensor_functions() -> None:
+    """Send what asks for a GPU to the CPU, and give the few answers about tensors that megatron-core insists on.
+
+    One by one, and not by a TorchFunctionMode: that is asked for every function of torch, a quarter of a small step.
+    """
+
+    def on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> Tensor:
+            if kwargs.get("device") is not None:
+                kwargs["device"] = to_cpu(kwargs["device"])
+            return factory(*args, **kwargs)
+
+        return make
+
+    with CPU:
+        torch.empty(0)  # `with torch.device(...)` lists torch's own factories at its first use: let it see them here
+    for name in FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    move, name_type = on_cpu(tensor.to), tensor.type
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return move(self, *((to_cpu(args[0]), *args[1:]) if args else ()), **kwargs)
+
+    def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The optimizers compare ``x.type()`` with "torch.cuda.FloatTensor" and refuse anything else."""
+        found = name_type(self, *args, **kwargs)
+        return found if args or kwargs else found.replace("torch.", "torch.cuda.", 1)
+
+    tensor.to, tensor.type = to, type_
+    tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
+    tensor.record_stream = lambda self, stream: None
 
 
 def _replace_random_state() -> None:

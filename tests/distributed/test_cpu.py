@@ -23,6 +23,7 @@ def tensors_stay_here() -> None:
     assert x.device.type == "cpu"
     assert torch.ones(1, device=torch.cuda.current_device()).device.type == "cpu"
     assert torch.empty_like(x, device="cuda:0").device.type == "cpu"
+    assert torch.tensor([1], device="cuda").device == torch.arange(2, device=0).device == x.device
     assert x.to("cuda", non_blocking=True) is x
     assert x.to(device=torch.device("cuda", 1), dtype=torch.float64).dtype == torch.float64
     assert x.to(torch.float64).dtype == torch.float64
@@ -31,6 +32,8 @@ def tensors_stay_here() -> None:
     assert torch.nn.Linear(2, 2).cuda(torch.cuda.current_device()).weight.device.type == "cpu"
     x.record_stream(torch.cuda.current_stream())
     assert torch.zeros(2, device="meta").device.type == "meta"
+    with torch.device("meta"):
+        assert torch.zeros(2).device.type == torch.ones_like(x).to("meta").device.type == "meta"
 
 
 def types_are_named_as_the_optimizer_expects() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megavid.config.schema import RunConfig
@@ -23,15 +22,8 @@ from megavid.plan.layout import layout_of
 META = torch.device("meta")
 
 
-class MetaTypes(TorchFunctionMode):
-    """Answers ``Tensor.type()`` as a GPU's tensor would: the sharded optimizer compares that string."""
-
-    NAMES = {torch.float32: "torch.cuda.FloatTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}  # noqa: RUF012
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs and args[0].is_meta:
-            return self.NAMES[args[0].dtype]
-        return func(*args, **(kwargs or {}))
+TYPES = {torch.float32: "torch.cuda.FloatTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}
+"""What ``Tensor.type()`` says of a GPU's tensor: the sharded optimizer compares that string."""
 
 
 @contextmanager
@@ -50,13 +42,15 @@ def on_meta() -> Iterator[None]:
     """Inside, parameters, buffers of megatron-core and all other new tensors are on the meta device."""
     cpu.install()
     cuda: Any = torch.cuda
-    before = cuda.current_device
+    tensor: Any = torch.Tensor
+    device, type_ = cuda.current_device, tensor.type
     cuda.current_device = lambda: META
+    tensor.type = lambda self, *args: TYPES[self.dtype] if self.is_meta and not args else type_(self, *args)
     try:
-        with META, MetaTypes():
+        with META:
             yield
     finally:
-        cuda.current_device = before
+        cuda.current_device, tensor.type = device, type_
 
 
 def meta_engine(config: RunConfig, mesh: Mesh) -> Engine[Any]:
