@@ -77,7 +77,7 @@ def gradients(function: Callable[..., Any], given: tuple[Any, ...], dtype: torch
     ]
     found = [out for out in outputs(function(*leaves)) if out.requires_grad]
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in found]
+    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in found]
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     return [*found, *torch.autograd.grad(found, inputs, weights, allow_unused=True)]
 
@@ -121,6 +121,12 @@ def test_written_out_gradient_is_that_of_autograd(op: str) -> None:
     assert torch.autograd.gradcheck(lambda *args: outputs(Written.apply(*args))[:learnt], leaves)
     expected = gradients(lambda *args: outputs(reference(*args))[:learnt], given, torch.float64)
     assert len(expected) > learnt
+
+
+def test_gradients_are_asked_for_where_the_outputs_are() -> None:
+    reference, _, given = make("gated_residual", 5, 2, 6, torch.float32)
+    elsewhere = tuple(v.to("meta") for v in given)
+    assert {found.device.type for found in gradients(reference, elsewhere, torch.float32)} == {"meta"}
 
 
 @needs_compiled
