@@ -35,10 +35,20 @@ CUDA_ARCHITECTURES = ("80", "90", "100")  # of these, the ones that the nvcc at 
 class BuildOps(build_ext):
     """Compiles and links megavid/ops/_C.so by hand: setuptools compiles a file once, these are compiled per set."""
 
+    def run(self) -> None:
+        self._forget()
+        super().run()
+
+    def _forget(self) -> None:
+        """Remove what was built before: what does not compile is not there, so nothing old is taken for it."""
+        for ext in self.extensions:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
     def build_extension(self, ext: Extension) -> None:
         import torch
         from torch.utils import cpp_extension
 
+        self._forget()  # in the build folder now, from where setuptools copies; run() did so in place
         temp = Path(self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
         has_cuda = bool(torch.version.cuda and cpp_extension.CUDA_HOME)

@@ -1,5 +1,9 @@
 """Building the compiled ops: what `megavid doctor` says of them, and when a library that is there is not taken."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +12,8 @@ import torch
 
 from megavid.cli import doctor
 from megavid.ops import compiled
+
+ROOT = Path(__file__).parents[2]
 
 needs_compiled = pytest.mark.skipif(
     bool(compiled.why_not_compiled()), reason=f"compiled ops: {compiled.why_not_compiled()}"
@@ -62,3 +68,19 @@ def test_a_library_of_another_torch_is_not_taken(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     assert compiled.why_not_compiled().startswith("built with torch ")
     assert "this is 2.99.0" in compiled.why_not_compiled()
+
+
+def test_what_does_not_compile_is_not_what_was_built_before(tmp_path: Path) -> None:
+    for name in ("setup.py", "csrc"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    old = [tmp_path / folder / "megavid/ops/_C.so" for folder in (".", "lib")]
+    for file in old:
+        file.parent.mkdir(parents=True)
+        file.write_text("built before")
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--build-lib", "lib"]
+    command += ["--build-temp", "temp"]
+    environment = dict(os.environ) | {"CXX": shutil.which("false") or ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr  # the extension is optional
+    assert "megavid.ops._C" in done.stderr
+    assert not any(file.exists() for file in old)
