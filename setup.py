@@ -7,6 +7,7 @@ time (build isolation), nothing is built and every op runs on its reference: `me
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,9 @@ class BuildOps(build_ext):
             libraries += ["-ltorch_cuda", "-lc10_cuda", "-lcudart"]
         # torch's own headers ask for its own standard and its own choice of the string ABI.
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-Wall", abi, f'-DMEGAVID_TORCH="{torch.__version__}"']
+        sources = runpy.run_path(str(ROOT / "megavid/ops/sources.py"))["hash_of_sources"]()
+        built = [f'-DMEGAVID_TORCH="{torch.__version__}"', f'-DMEGAVID_SOURCES="{sources}"']
+        flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-Wall", abi, *built]
         flags += [flag for path in cpp_extension.include_paths(device) for flag in ("-isystem", path)]
         for binding in ["cpu", "cpu_moe", "cuda", "cuda_moe"] if has_cuda else ["cpu", "cpu_moe"]:
             target = temp / f"bind_{binding}.o"

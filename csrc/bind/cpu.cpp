@@ -261,4 +261,5 @@ TORCH_LIBRARY_IMPL(megavid, CPU, m) {
 TORCH_LIBRARY_IMPL(megavid, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", [] { return std::string(megavid::isa_name()); });
   m.impl("built_with", [] { return std::string(MEGAVID_TORCH); });
+  m.impl("built_from", [] { return std::string(MEGAVID_SOURCES); });
 }

@@ -184,7 +184,7 @@ def _flex_dispatchers() -> Finding:
 
 def _compiled_ops() -> Finding:
     name, plain = "compiled ops", 'norms, residuals, experts in plain torch; train.ops = "compiled" is refused'
-    if trouble := why_not("megavid.ops.compiled"):
+    if trouble := why_not("megavid.ops.block_ops"):  # which declares all ops, so that all of them are asked for
         return Finding(name, "off", trouble, plain)
     import torch
 

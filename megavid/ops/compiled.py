@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megavid.ops.sources import hash_of_sources
+
 BINARY = Path(__file__).with_name("_C.so")
 BUILD = "python setup.py build_ext --inplace"
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -20,6 +22,10 @@ DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 LIBRARY = torch.library.Library("megavid", "FRAGMENT")  # type: ignore[no-untyped-call]
 LIBRARY.define("instruction_set() -> str")  # type: ignore[no-untyped-call]
 LIBRARY.define("built_with() -> str")  # type: ignore[no-untyped-call]
+LIBRARY.define("built_from() -> str")  # type: ignore[no-untyped-call]
+
+DECLARED: list[str] = []
+"""The ops of the modules imported so far; ``megavid.ops.block_ops`` imports all of them."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the compiled ops take; models of other dtypes use the references."""
@@ -34,6 +40,7 @@ def declare(schema: str, reference: Callable[..., Any], shapes: Callable[..., An
         shapes: empty outputs for its inputs.
     """
     name = schema.partition("(")[0]
+    DECLARED.append(name)
     LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"megavid::{name}", shapes, lib=LIBRARY)
@@ -53,10 +60,17 @@ def why_not_compiled() -> str:
         torch.ops.load_library(str(BINARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{BINARY.name} does not load with torch {torch.__version__}: {' '.join(str(error).split())[:160]}"
-    built_with = torch.ops.megavid.built_with() if _has_kernel("built_with", "CompositeExplicitAutograd") else "another"
-    if built_with != torch.__version__:
+    if (built_with := _told("built_with")) != torch.__version__:
         return f"built with torch {built_with}, this is {torch.__version__}; {BUILD}"
+    if (sources := hash_of_sources()) and _told("built_from") != sources:
+        return f"built from other sources than csrc/ has now; {BUILD}"
     return ""
+
+
+def _told(question: str) -> str:
+    """What the library says of itself; "another" where it is too old to be asked."""
+    known = _has_kernel(question, "CompositeExplicitAutograd")
+    return str(getattr(torch.ops.megavid, question)()) if known else "another"
 
 
 def instruction_set() -> str:
@@ -65,10 +79,10 @@ def instruction_set() -> str:
 
 
 def compiled_devices() -> tuple[str, ...]:
-    """Device types that the compiled ops are built for, among "cpu" and "cuda"."""
+    """Device types that every op declared so far is built for, among "cpu" and "cuda"."""
     if why_not_compiled():
         return ()
-    return tuple(device for device, key in DISPATCH_KEYS.items() if _has_kernel("modulated_norm", key))
+    return tuple(device for device, key in DISPATCH_KEYS.items() if all(_has_kernel(name, key) for name in DECLARED))
 
 
 def _has_kernel(name: str, key: str) -> bool:
@@ -83,4 +97,6 @@ def why_not_compiled_for(device: torch.device, dtype: torch.dtype) -> str:
         return ""
     if reason := why_not_compiled():
         return reason
-    return "" if device.type in compiled_devices() else f"{BINARY.name} was built without kernels for {device.type}"
+    if device.type in compiled_devices():
+        return ""
+    return f"{BINARY.name} was built without all kernels for {device.type}; {BUILD}"

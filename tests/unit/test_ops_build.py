@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from megavid.cli import doctor
-from megavid.ops import compiled
+from megavid.errors import ConfigError
+from megavid.ops import compiled, sources
+from megavid.ops.block_ops import block_ops
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,12 +72,37 @@ def test_a_library_of_another_torch_is_not_taken(monkeypatch: pytest.MonkeyPatch
     assert "this is 2.99.0" in compiled.why_not_compiled()
 
 
+@needs_compiled
+def test_a_library_of_other_sources_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder, text in (("cpu", "int one;"), ("cuda", "int two;")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "kernel.cpp").write_text(text)
+    monkeypatch.setattr(sources, "SOURCES", tmp_path)
+    assert compiled.why_not_compiled().startswith("built from other sources than csrc/ has now; python setup.py")
+    before = sources.hash_of_sources()
+    (tmp_path / "cuda/kernel.cpp").write_text("int three;")
+    assert sources.hash_of_sources() != before
+    compiled.why_not_compiled.cache_clear()
+    monkeypatch.setattr(sources, "SOURCES", tmp_path / "an installation")
+    assert not compiled.why_not_compiled()
+
+
+@needs_compiled
+def test_a_library_without_one_of_the_ops_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(compiled.DECLARED) == 18
+    monkeypatch.setattr(compiled, "DECLARED", [*compiled.DECLARED, "built_with"])  # one without a kernel for CPU
+    assert compiled.compiled_devices() == ()
+    with pytest.raises(ConfigError, match=r"_C\.so was built without all kernels for cpu; python setup\.py"):
+        block_ops("compiled", torch.device("cpu"), torch.float32)
+
+
 def test_what_does_not_compile_is_not_what_was_built_before(tmp_path: Path) -> None:
-    for name in ("setup.py", "csrc"):
+    (tmp_path / "megavid/ops").mkdir(parents=True)
+    for name in ("setup.py", "csrc", "megavid/ops/sources.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     old = [tmp_path / folder / "megavid/ops/_C.so" for folder in (".", "lib")]
     for file in old:
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("built before")
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--build-lib", "lib"]
     command += ["--build-temp", "temp"]
