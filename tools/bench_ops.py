@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megavid.ops.block_ops import COMPILED, REFERENCE, BlockOps
-from megavid.ops.compiled import instruction_set, why_not_compiled
+from megavid.ops.compiled import instruction_set, why_not_compiled_for
 from megavid.ops.expert_activation import expert_activation_reference
 from megavid.parallel import mcore
 from megavid.training.profile_report import cpu_name
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the ops (default %(default)s)")
     parser.add_argument("--out", type=Path, help="write the page there too")
     arguments = parser.parse_args(argv)
-    if reason := why_not_compiled():
+    if reason := why_not_compiled_for(torch.device(arguments.device), torch.float32):
         print(f"bench_ops: {reason}", file=sys.stderr)
         return 2
     torch.set_default_device(arguments.device)

@@ -1,6 +1,7 @@
 """The parts of tools/gpu_check.sh that are Python: is there a GPU, what it can do at most, timed steps, the page.
 
 python tools/gpu_check.py device
+python tools/gpu_check.py kernels
 python tools/gpu_check.py ceiling --device cuda --json ceiling.json
 python tools/gpu_check.py step wan_1b --device cuda --ceiling ceiling.json --json step.json
 python tools/gpu_check.py page FOLDER --out docs/benchmarks/gpu_check.md
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from bench_peer import Shape, alone, ours, run_config
 
-from megavid.ops.compiled import compiled_devices
+from megavid.ops.compiled import compiled_devices, why_not_compiled_for
 from megavid.plan.flops import model_flops
 from megavid.plan.memory import memory_of
 from megavid.plan.workload import Workload
@@ -52,7 +53,16 @@ def find_device() -> int:
         kind = "a CPU build of torch" if torch.version.cuda is None else "no driver, or no device"
         print(f"gpu_check: no CUDA device ({kind}): nothing was measured on a GPU", file=sys.stderr)
         return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, compiled ops for {compiled_devices() or 'none'}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {torch.cuda.device_count()} devices")
+    return 0
+
+
+def find_kernels() -> int:
+    """Say which devices the ops are compiled for; status 1 where a GPU is not one of them."""
+    if reason := why_not_compiled_for(torch.device("cuda"), torch.float32):
+        print(f"gpu_check: {reason}", file=sys.stderr)
+        return 1
+    print(f"compiled ops for {', '.join(compiled_devices())}")
     return 0
 
 
@@ -144,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     parts.add_parser("device", help="name the GPU; status 2 without one")
+    parts.add_parser("kernels", help="status 1 where the ops are not compiled for a GPU")
     ceiling = parts.add_parser("ceiling", help="matrix products and copies")
     step = parts.add_parser("step", help="training steps of one clip")
     step.add_argument("preset", help="whose widths")
@@ -163,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     match arguments.part:
         case "device":
             return find_device()
+        case "kernels":
+            return find_kernels()
         case "page":
             arguments.out.write_text("\n".join(page_of(arguments.folder)) + "\n")
         case part:

@@ -79,8 +79,8 @@ def instruction_set() -> str:
 
 
 def compiled_devices() -> tuple[str, ...]:
-    """Device types that every op declared so far is built for, among "cpu" and "cuda"."""
-    if why_not_compiled():
+    """Device types that every op declared so far is built for, among "cpu" and "cuda"; none before there is an op."""
+    if why_not_compiled() or not DECLARED:
         return ()
     return tuple(device for device, key in DISPATCH_KEYS.items() if all(_has_kernel(name, key) for name in DECLARED))
 

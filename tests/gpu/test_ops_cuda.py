@@ -7,13 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megavid.ops.compiled import compiled_devices
 from tests.unit.test_ops_compiled import OPS, SIZES, gradients, make, operator, outputs, widened
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or "cuda" not in compiled_devices(),
-    reason="needs a GPU, and ops built with nvcc and a CUDA build of torch",
-)
+pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
 
 def on_gpu(given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -4,15 +4,11 @@ import pytest
 import torch
 
 from megavid.ops import router_topk
-from megavid.ops.compiled import compiled_devices
 from tests.gpu.test_ops_cuda import on_gpu
 from tests.unit.test_ops_compiled import gradients, outputs, widened
 from tests.unit.test_ops_moe import OPS, SIZES, learnt, make
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or "cuda" not in compiled_devices(),
-    reason="needs a GPU, and ops built with nvcc and a CUDA build of torch",
-)
+pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
 
 @pytest.mark.parametrize(("tokens", "experts", "width"), [*SIZES, (3000, 64, 1536)])

@@ -1,6 +1,7 @@
 """Building the compiled ops: what `megavid doctor` says of them, and when a library that is there is not taken."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,3 +112,11 @@ def test_what_does_not_compile_is_not_what_was_built_before(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr  # the extension is optional
     assert "megavid.ops._C" in done.stderr
     assert not any(file.exists() for file in old)
+
+
+@pytest.mark.skipif("cuda" in compiled.compiled_devices(), reason="the ops are compiled for a GPU here")
+def test_ops_are_not_timed_on_a_device_without_kernels() -> None:
+    command = [sys.executable, str(ROOT / "tools/bench_ops.py"), "--device", "cuda", "--steps", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.match(r"bench_ops: (_C\.so was built without all kernels for cuda|not built)", done.stderr)

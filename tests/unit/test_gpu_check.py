@@ -1,0 +1,70 @@
+"""tools/gpu_check.sh does not report success, nor an old page, where something is missing; python is a stub here."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OLD, NEW = "figures of another run\n", "figures of this run\n"
+STUB = """#!/bin/sh
+echo "needs kernels: $MEGAVID_NEEDS_KERNELS, $*" >>CALLS
+case "$*" in
+  *"FAILING"*) exit STATUS ;;
+  *"gpu_check.py page"*) echo "figures of this run" >"$5" ;;
+esac
+"""
+
+
+class Run(NamedTuple):
+    """How the script ended, what it printed, the page that it left and what it ran."""
+
+    status: int
+    printed: str
+    page: str
+    calls: str
+
+
+def run(folder: Path, *options: str, failing: str, status: int = 1) -> Run:
+    """The script in a folder of its own, where the command with ``failing`` in it ends with ``status``."""
+    (folder / "tools").mkdir()
+    (folder / "docs/benchmarks").mkdir(parents=True)
+    shutil.copy(ROOT / "tools/gpu_check.sh", folder / "tools")
+    page, stub, calls = folder / "docs/benchmarks/gpu_check.md", folder / "python", folder / "calls"
+    page.write_text(OLD)
+    stub.write_text(STUB.replace("CALLS", str(calls)).replace("FAILING", failing).replace("STATUS", str(status)))
+    stub.chmod(0o755)
+    environment = dict(os.environ) | {"PYTHON": str(stub), "OUT": str(folder / "out")}
+    command = ["bash", str(folder / "tools/gpu_check.sh"), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return Run(done.returncode, done.stdout, page.read_text(), calls.read_text())
+
+
+def test_a_run_without_failures_leaves_its_page(tmp_path: Path) -> None:
+    found = run(tmp_path, failing="no such command")
+    assert found[:3] == (0, NEW, NEW)
+    assert "needs kernels: 1, -m pytest -q tests/gpu" in found.calls
+
+
+def test_kernels_that_are_not_there_fail_the_run(tmp_path: Path) -> None:
+    assert run(tmp_path, failing="gpu_check.py kernels").status == 1
+
+
+def test_a_page_that_is_not_written_is_not_the_old_one(tmp_path: Path) -> None:
+    assert run(tmp_path, failing="gpu_check.py page")[:3] == (1, "", OLD)
+
+
+@pytest.mark.parametrize(("status", "ends"), [(1, 1), (2, 2)])
+def test_only_status_2_says_that_there_is_no_device(tmp_path: Path, status: int, ends: int) -> None:
+    found = run(tmp_path, failing="gpu_check.py device", status=status)
+    assert (found.status, found.calls.count("\n")) == (ends, 1)
+
+
+def test_a_dry_run_asks_for_no_kernels_and_ends_with_status_2(tmp_path: Path) -> None:
+    found = run(tmp_path, "--dry-run", failing="gpu_check.py device", status=2)
+    assert found[:3] == (2, NEW, OLD)
+    assert "needs kernels: , -m pytest -q tests/gpu" in found.calls
+    assert "gpu_check.py kernels" not in found.calls
