@@ -80,6 +80,7 @@ inline ModulatedNorm norm_job(const Tensor& x, const Tensor& scale, const Tensor
   job.row = row.const_data_ptr<int64_t>();
   job.mean = const_cast<float*>(mean.const_data_ptr<float>());
   job.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
+  job.rows = scale.size(0);
   job.width = x.size(1);
   job.is_centered = is_centered;
   job.is_bf16 = x.scalar_type() == at::kBFloat16;

@@ -41,6 +41,7 @@ inline void check_activation(const char* op, const Tensor& up, const std::option
                      table.scalar_type());
     check_device(op, up, table);
   }
+  if (up_bias.has_value() && gate_bias.has_value()) check_like(op, "gate_bias", *gate_bias, *up_bias);
   check_vector(op, "expert", expert, up.size(0), at::kLong, up);
   check_vector(op, "probability", probability, up.size(0), at::kFloat, up);
 }
@@ -101,6 +102,7 @@ inline ExpertActivation activation_job(const Tensor& up, const Tensor& gate, con
   job.gate_bias = gate_bias.defined() ? gate_bias.const_data_ptr() : nullptr;
   job.expert = expert.const_data_ptr<int64_t>();
   job.probability = probability.const_data_ptr<float>();
+  job.experts = up_bias.defined() ? up_bias.size(0) : gate_bias.defined() ? gate_bias.size(0) : 0;
   job.width = up.size(1);
   job.is_bf16 = is_bf16(up);
   return job;

@@ -1,11 +1,12 @@
 // Registers the CUDA kernels with torch's dispatcher: checks, memory and the current stream. Twin of cpu.cpp.
 //
-// Rows are not checked against their tables here: that would wait for the device.
+// Rows are checked against their tables by the kernels: here that would wait for the device.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -40,9 +41,9 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_y_
   const Launch launch("modulated_norm_backward", x_);
   const Tensor x = x_.contiguous(), scale = scale_.contiguous(), row = row_.contiguous();
   const Tensor grad_y = grad_y_.contiguous();
-  const Sums sums = sums_of(x.size(0), scale.size(0), 0, x.size(1));
+  const Sums sums = sums_of(x.size(0), scale.size(0), x.size(1));
   Tensor grad_x = at::empty_like(x);
-  Tensor shifts = partial_of(sums, sums.rows, scale), scales = partial_of(sums, sums.rows, scale);
+  Tensor shifts = partial_of(sums, scale.size(0), scale), scales = partial_of(sums, scale.size(0), scale);
   ModulatedNorm job = norm_job(x, scale, row, mean, rstd, is_centered);
   job.grad_y = grad_y.const_data_ptr();
   job.grad_x = grad_x.mutable_data_ptr();
@@ -77,6 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(const Tensor& x_,
   job.update = update.const_data_ptr();
   job.gate = gate.defined() ? gate.const_data_ptr<float>() : nullptr;
   job.gate_row = gate_row.const_data_ptr<int64_t>();
+  job.gate_rows = gate.defined() ? gate.size(0) : 0;
   job.residual = residual.mutable_data_ptr();
   launch.check(megavid_cuda_gated_residual_norm_forward(&job, x.size(0), launch.stream));
   return {residual, y, mean, rstd};
@@ -98,11 +100,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
   const Tensor grad_residual = grad_residual_.contiguous(), grad_y = grad_y_.contiguous();
   const Tensor gate = gate_.has_value() ? gate_->contiguous() : Tensor();
   const int64_t gate_rows = gate.defined() ? gate.size(0) : 0;
-  Sums sums = sums_of(residual.size(0), scale.size(0), gate_rows, residual.size(1));
+  Sums sums = sums_of(residual.size(0), std::max(scale.size(0), gate_rows), residual.size(1));
   Tensor grad_x = at::empty_like(residual);
   // Without a gate, x and update have the same gradient: autograd is given one tensor twice, and an empty one for gate.
   Tensor grad_update = gate.defined() ? at::empty_like(residual) : grad_x;
-  Tensor shifts = partial_of(sums, sums.rows, scale), scales = partial_of(sums, sums.rows, scale);
+  Tensor shifts = partial_of(sums, scale.size(0), scale), scales = partial_of(sums, scale.size(0), scale);
   Tensor gates = partial_of(sums, gate_rows, scale);
   Tensor mean_inner = at::empty_like(mean), mean_product = at::empty_like(mean);
   sums.mean_inner = mean_inner.mutable_data_ptr<float>();
@@ -116,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
   job.update = update.const_data_ptr();
   job.gate = gate.defined() ? gate.const_data_ptr<float>() : nullptr;
   job.gate_row = gate_row.const_data_ptr<int64_t>();
+  job.gate_rows = gate.defined() ? gate.size(0) : 0;
   job.grad_residual = grad_residual.const_data_ptr();
   job.grad_update = grad_update.mutable_data_ptr();
   job.run_gate = gates.mutable_data_ptr<float>();
@@ -129,6 +132,7 @@ GatedResidual gate_job(const Tensor& update, const Tensor& gate, const Tensor& r
   job.update = update.const_data_ptr();
   job.gate = gate.const_data_ptr<float>();
   job.row = row.const_data_ptr<int64_t>();
+  job.rows = gate.size(0);
   job.width = update.size(1);
   job.is_bf16 = update.scalar_type() == at::kBFloat16;
   return job;
@@ -154,8 +158,8 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad_y_, const 
   const Launch launch("gated_residual_backward", update_);
   const Tensor grad_y = grad_y_.contiguous(), update = update_.contiguous();
   const Tensor gate = gate_.contiguous(), row = row_.contiguous();
-  const Sums sums = sums_of(update.size(0), 0, gate.size(0), update.size(1));
-  Tensor grad_update = at::empty_like(update), gates = partial_of(sums, sums.gate_rows, gate);
+  const Sums sums = sums_of(update.size(0), gate.size(0), update.size(1));
+  Tensor grad_update = at::empty_like(update), gates = partial_of(sums, gate.size(0), gate);
   GatedResidual job = gate_job(update, gate, row);
   job.grad_y = grad_y.const_data_ptr();
   job.grad_update = grad_update.mutable_data_ptr();
@@ -207,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_rope_backward(const Tensor& grad_y_, con
   const Launch launch("norm_rope_backward", x);
   const Tensor sums = sums_.contiguous(), weight = weight_.contiguous(), grad_y = grad_y_.contiguous();
   const Tensor cosine = cosine_.contiguous(), sine = sine_.contiguous();
-  const Sums columns = sums_of(x.size(0), 1, 0, x.size(1));
+  const Sums columns = sums_of(x.size(0), 1, x.size(1));
   Tensor grad_x = at::empty(x.sizes(), x.options()), grad_sums = at::empty_like(sums);
   Tensor weights = partial_of(columns, 1, weight);
   NormRope job = rope_job(x, sums, weight, cosine, sine, norm_width, eps);

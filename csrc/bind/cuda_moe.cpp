@@ -1,7 +1,7 @@
 // Registers the CUDA kernels of expert layers with torch's dispatcher. Twin of cpu_moe.cpp.
 //
-// What depends on numbers (experts, buckets, whether the rows are enough) is not checked here: that would wait for the
-// device. Rows that do not fit are left out.
+// What depends on numbers (experts, buckets, whether the rows are enough) is checked by the kernels: here that would wait
+// for the device.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty.h>
@@ -48,13 +48,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_activation_backward(
   const Tensor up = up_.contiguous(), expert = expert_.contiguous(), probability = probability_.contiguous();
   const Tensor gate = contiguous_or_none(gate_), up_bias = contiguous_or_none(up_bias_);
   const Tensor gate_bias = contiguous_or_none(gate_bias_), grad_y = grad_y_.contiguous();
-  const Sums sums = sums_of(up.size(0), up_bias.defined() ? up_bias.size(0) : 0,
-                            gate_bias.defined() ? gate_bias.size(0) : 0, up.size(1));
   const Tensor none = at::empty({0}, up.options()), wide = at::empty({0, up.size(1)}, probability.options());
   Tensor grad_up = at::empty_like(up), grad_gate = gate.defined() ? at::empty_like(gate) : none;
   Tensor grad_probability = at::empty_like(probability);
-  Tensor ups = partial_of(sums, sums.rows, wide), gates = partial_of(sums, sums.gate_rows, wide);
   ExpertActivation job = activation_job(up, gate, up_bias, gate_bias, expert, probability);
+  const Sums sums = sums_of(up.size(0), job.experts, up.size(1));
+  Tensor ups = partial_of(sums, up_bias.defined() ? job.experts : 0, wide);
+  Tensor gates = partial_of(sums, gate_bias.defined() ? job.experts : 0, wide);
   job.grad_y = grad_y.const_data_ptr();
   job.grad_up = grad_up.mutable_data_ptr();
   job.grad_gate = gate.defined() ? grad_gate.mutable_data_ptr() : nullptr;

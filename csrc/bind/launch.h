@@ -30,16 +30,14 @@ struct Launch {
   const cudaStream_t stream;
 };
 
-// By shapes alone, so that sums are the same in every run.
-inline Sums sums_of(int64_t tokens, int64_t rows, int64_t gate_rows, int64_t width) {
-  const int64_t numbers = std::max<int64_t>(1, std::max(rows, gate_rows) * width);
+// For tables of at most so many rows: by shapes alone, so that sums are the same in every run.
+inline Sums sums_of(int64_t tokens, int64_t rows, int64_t width) {
+  const int64_t numbers = std::max<int64_t>(1, rows * width);
   const int64_t wanted = std::min({(tokens + kLeastTokens - 1) / kLeastTokens, kMostChunks, kMostNumbers / numbers});
   const int64_t chunks = std::max<int64_t>(1, wanted);
   Sums sums{};
   sums.tokens = tokens;
   sums.chunk_tokens = std::max<int64_t>(1, (tokens + chunks - 1) / chunks);
-  sums.rows = rows;
-  sums.gate_rows = gate_rows;
   return sums;
 }
 

@@ -23,6 +23,7 @@ struct ModulatedNorm {
   const int64_t* run_start;  // [runs + 1] first token of each run, then T
   float* run_shift;        // [runs, D] gradient of shift, run by run
   float* run_scale;        // [runs, D]
+  int64_t rows;            // R
   int64_t width;           // D
   float eps;
   bool is_centered;        // LayerNorm; false: RMSNorm
@@ -40,6 +41,7 @@ struct GatedResidualNorm {
   const void* grad_residual;  // [T, D] backward: gradient of the residual from elsewhere
   void* grad_update;         // [T, D] backward
   float* run_gate;           // [runs, D] gradient of gate, run by run; the runs split where either row changes
+  int64_t gate_rows;         // G; 0 without a gate
 };
 
 // One call of gated_residual: y = x + update * gate.
@@ -53,6 +55,7 @@ struct GatedResidual {
   void* grad_update;         // [T, D] backward; the gradient of x is grad_y
   const int64_t* run_start;  // [runs + 1]
   float* run_gate;           // [runs, D]
+  int64_t rows;              // G
   int64_t width;             // D
   bool is_bf16;
 };
@@ -105,6 +108,7 @@ struct ExpertActivation {
   const int64_t* run_start;  // [runs + 1]: a run is a stretch of rows of one expert
   float* run_up;            // [runs, M] gradient of up_bias, or null
   float* run_gate;          // [runs, M] gradient of gate_bias, or null
+  int64_t experts;          // e; 0 without a bias
   int64_t width;            // M
   bool is_bf16;
 };
@@ -139,7 +143,7 @@ struct MoeIndex {
   float* grad_probability;   // [T, E] backward, zero at first
   int64_t tokens;            // T
   int64_t experts;           // E
-  int64_t num_rows;          // S
+  int64_t num_rows;          // S; a GPU stops where the map needs more
   int64_t alignment;
 };
 

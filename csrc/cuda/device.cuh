@@ -4,6 +4,7 @@
 // pass needs it: a token's numbers are in the first-level cache by then.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 
 #include "kernels.h"
@@ -42,6 +43,13 @@ __device__ inline const T* row_of(const void* matrix, int64_t token, int64_t wid
 template <typename T>
 __device__ inline T* row_of(void* matrix, int64_t token, int64_t width) {
   return static_cast<T*>(matrix) + token * width;
+}
+
+// A token's row of a table, an expert or a bucket. The host would have to wait to check it: what is outside stops the
+// kernel here, and the program at its next call of CUDA.
+__device__ inline int64_t checked(int64_t row, int64_t rows) {
+  assert(row >= 0 && row < rows);
+  return row;
 }
 
 // The sum of every thread's value, in all threads of a block of kThreads, always in the same order.

@@ -29,7 +29,7 @@ __device__ inline float with_bias(const T* x, const T* bias, int64_t i) {
 
 template <typename T>
 __device__ inline const T* bias_of(const void* table, const ExpertActivation& job, int64_t row) {
-  return table == nullptr ? nullptr : row_of<T>(table, job.expert[row], job.width);
+  return table == nullptr ? nullptr : row_of<T>(table, checked(job.expert[row], job.experts), job.width);
 }
 
 template <typename T, bool kGated>
@@ -104,12 +104,12 @@ cudaError_t run_backward(const ExpertActivation& job, const Sums& sums, cudaStre
                       : backward<T, false><<<blocks, kThreads, 0, stream>>>(job);
   if (const cudaError_t error = cudaGetLastError()) return error;
   if (job.run_up != nullptr) {
-    const Tables<1> table{{{job.expert, sums.rows, job.run_up}}};
+    const Tables<1> table{{{job.expert, job.experts, job.run_up}}};
     const cudaError_t error = launch_sums(Terms<T>{job.grad_up, job.width}, table, sums, job.width, stream);
     if (error != cudaSuccess) return error;
   }
   if (job.run_gate == nullptr) return cudaSuccess;
-  const Tables<1> table{{{job.expert, sums.gate_rows, job.run_gate}}};
+  const Tables<1> table{{{job.expert, job.experts, job.run_gate}}};
   return launch_sums(Terms<T>{job.grad_gate, job.width}, table, sums, job.width, stream);
 }
 

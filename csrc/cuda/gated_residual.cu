@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads) forward(GatedResidual job) {
   const int64_t token = blockIdx.x, width = job.width;
   const T* x = row_of<T>(job.x, token, width);
   const T* update = row_of<T>(job.update, token, width);
-  const float* gate = job.gate + job.row[token] * width;
+  const float* gate = job.gate + checked(job.row[token], job.rows) * width;
   T* y = row_of<T>(job.y, token, width);
   for (int64_t i = threadIdx.x; i < width; i += kThreads) store(y + i, load(x[i]) + load(update[i]) * gate[i]);
 }
@@ -22,7 +22,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) backward(GatedResidual job) {
   const int64_t token = blockIdx.x, width = job.width;
   const T* grad_y = row_of<T>(job.grad_y, token, width);
-  const float* gate = job.gate + job.row[token] * width;
+  const float* gate = job.gate + checked(job.row[token], job.rows) * width;
   T* grad_update = row_of<T>(job.grad_update, token, width);
   for (int64_t i = threadIdx.x; i < width; i += kThreads) store(grad_update + i, load(grad_y[i]) * gate[i]);
 }
@@ -40,7 +40,7 @@ template <typename T>
 cudaError_t run_backward(const GatedResidual& job, const Sums& sums, cudaStream_t stream) {
   backward<T><<<static_cast<unsigned>(sums.tokens), kThreads, 0, stream>>>(job);
   if (const cudaError_t error = cudaGetLastError()) return error;
-  const Tables<1> tables{{{job.row, sums.gate_rows, job.run_gate}}};
+  const Tables<1> tables{{{job.row, job.rows, job.run_gate}}};
   return launch_sums(Terms<T>{job}, tables, sums, job.width, stream);
 }
 

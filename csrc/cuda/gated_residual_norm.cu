@@ -8,21 +8,27 @@ namespace megavid {
 namespace cuda {
 namespace {
 
+// The gates of a token, or null.
+__device__ inline const float* gate_of(const GatedResidualNorm& job, int64_t token) {
+  if (job.gate == nullptr) return nullptr;
+  return job.gate + checked(job.gate_row[token], job.gate_rows) * job.norm.width;
+}
+
 template <typename T, bool kCentered>
 __global__ void __launch_bounds__(kThreads) forward(GatedResidualNorm job) {
   const ModulatedNorm& norm = job.norm;
   const int64_t token = blockIdx.x, width = norm.width;
   const T* x = row_of<T>(job.x, token, width);
   const T* update = row_of<T>(job.update, token, width);
-  const float* gate = job.gate == nullptr ? nullptr : job.gate + job.gate_row[token] * width;
+  const float* gate = gate_of(job, token);
   T* residual = row_of<T>(job.residual, token, width);
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
     store(residual + i, load(x[i]) + load(update[i]) * (gate == nullptr ? 1.0f : gate[i]));
   }
   const Moments m = moments<T, kCentered>(residual, width, norm.eps);
   T* y = row_of<T>(norm.y, token, width);
-  const float* shift = norm.shift + norm.row[token] * width;
-  const float* scale = norm.scale + norm.row[token] * width;
+  const int64_t row = checked(norm.row[token], norm.rows);
+  const float *shift = norm.shift + row * width, *scale = norm.scale + row * width;
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
     store(y + i, (load(residual[i]) - m.mean) * m.rstd * (1.0f + scale[i]) + shift[i]);
   }
@@ -50,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) backward(GatedResidualNorm job, Sums
   const int64_t token = blockIdx.x, width = norm.width;
   const T* residual = row_of<T>(norm.x, token, width);
   const T* grad_y = row_of<T>(norm.grad_y, token, width);
-  const float* scale = norm.scale + norm.row[token] * width;
+  const float* scale = norm.scale + checked(norm.row[token], norm.rows) * width;
   const float mean = norm.mean[token], rstd = norm.rstd[token];
   float sum = 0.0f, product = 0.0f;
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
@@ -62,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) backward(GatedResidualNorm job, Sums
   const float mean_product = block_sum(product) / static_cast<float>(width);
   T* grad_x = row_of<T>(norm.grad_x, token, width);
   T* grad_update = row_of<T>(job.grad_update, token, width);
-  const float* gate = job.gate == nullptr ? nullptr : job.gate + job.gate_row[token] * width;
+  const float* gate = gate_of(job, token);
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
     const float grad = grad_of_x<T>(job, token, i, mean_inner, mean_product);
     store(grad_x + i, grad);
@@ -108,12 +114,12 @@ cudaError_t run_backward(const GatedResidualNorm& job, const Sums& sums, cudaStr
   norm.is_centered ? backward<T, true><<<blocks, kThreads, 0, stream>>>(job, sums)
                    : backward<T, false><<<blocks, kThreads, 0, stream>>>(job, sums);
   if (const cudaError_t error = cudaGetLastError()) return error;
-  const Table shift{norm.row, sums.rows, norm.run_shift}, scale{norm.row, sums.rows, norm.run_scale};
+  const Table shift{norm.row, norm.rows, norm.run_shift}, scale{norm.row, norm.rows, norm.run_scale};
   if (job.gate == nullptr) {
     const Terms<T, false> terms{job, sums.mean_inner, sums.mean_product};
     return launch_sums(terms, Tables<2>{{shift, scale}}, sums, norm.width, stream);
   }
-  const Table gate{job.gate_row, sums.gate_rows, job.run_gate};
+  const Table gate{job.gate_row, job.gate_rows, job.run_gate};
   const Terms<T, true> terms{job, sums.mean_inner, sums.mean_product};
   return launch_sums(terms, Tables<3>{{shift, scale, gate}}, sums, norm.width, stream);
 }

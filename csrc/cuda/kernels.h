@@ -13,8 +13,6 @@ namespace megavid {
 struct Sums {
   int64_t tokens;        // T
   int64_t chunk_tokens;  // tokens of a chunk; the last chunk has what is left
-  int64_t rows;          // R: of shift and scale
-  int64_t gate_rows;     // G
   // [T] each, written by the kernel of the tokens and read by that of the tables; null where a kernel needs none.
   float* mean_inner;
   float* mean_product;
@@ -37,7 +35,7 @@ cudaError_t megavid_cuda_sum_of_squares_backward(const megavid::SumOfSquares*, i
 cudaError_t megavid_cuda_norm_rope_forward(const megavid::NormRope*, cudaStream_t);
 cudaError_t megavid_cuda_norm_rope_backward(const megavid::NormRope*, const megavid::Sums*, cudaStream_t);
 cudaError_t megavid_cuda_expert_activation_forward(const megavid::ExpertActivation*, int64_t rows, cudaStream_t);
-// Sums: tokens are rows; rows and gate_rows are experts with a bias of up and of gate.
+// Sums: its tokens are rows.
 cudaError_t megavid_cuda_expert_activation_backward(const megavid::ExpertActivation*, const megavid::Sums*,
                                                     cudaStream_t);
 cudaError_t megavid_cuda_moe_index(const megavid::MoeIndex*, cudaStream_t);

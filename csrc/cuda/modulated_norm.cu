@@ -13,8 +13,8 @@ __global__ void __launch_bounds__(kThreads) forward(ModulatedNorm job) {
   const int64_t token = blockIdx.x, width = job.width;
   const T* x = row_of<T>(job.x, token, width);
   T* y = row_of<T>(job.y, token, width);
-  const float* shift = job.shift + job.row[token] * width;
-  const float* scale = job.scale + job.row[token] * width;
+  const int64_t row = checked(job.row[token], job.rows);
+  const float *shift = job.shift + row * width, *scale = job.scale + row * width;
   const Moments m = moments<T, kCentered>(x, width, job.eps);
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
     store(y + i, (load(x[i]) - m.mean) * m.rstd * (1.0f + scale[i]) + shift[i]);
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) backward(ModulatedNorm job) {
   const T* x = row_of<T>(job.x, token, width);
   const T* grad_y = row_of<T>(job.grad_y, token, width);
   T* grad_x = row_of<T>(job.grad_x, token, width);
-  const float* scale = job.scale + job.row[token] * width;
+  const float* scale = job.scale + checked(job.row[token], job.rows) * width;
   const float mean = job.mean[token], rstd = job.rstd[token];
   float sum = 0.0f, product = 0.0f;
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
@@ -72,7 +72,7 @@ cudaError_t run_backward(const ModulatedNorm& job, const Sums& sums, cudaStream_
   job.is_centered ? backward<T, true><<<blocks, kThreads, 0, stream>>>(job)
                   : backward<T, false><<<blocks, kThreads, 0, stream>>>(job);
   if (const cudaError_t error = cudaGetLastError()) return error;
-  const Tables<2> tables{{{job.row, sums.rows, job.run_shift}, {job.row, sums.rows, job.run_scale}}};
+  const Tables<2> tables{{{job.row, job.rows, job.run_shift}, {job.row, job.rows, job.run_scale}}};
   return launch_sums(Terms<T>{job}, tables, sums, job.width, stream);
 }
 

@@ -39,9 +39,10 @@ __global__ void number(MoeIndex job) {
     job.begin_of_expert[expert] = begin;
     begin += job.rows_of_expert[expert];
   }
+  assert(begin <= job.num_rows);  // else nothing after this runs, so nothing is written beyond the last row
 }
 
-// Every row's token and gate, and every pair's row. What does not fit is left out: no row is written beyond the last.
+// Every row's token and gate, and every pair's row.
 __global__ void fill(MoeIndex job) {
   const int64_t expert = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x, chunk = blockIdx.y;
   if (expert >= job.experts) return;
@@ -51,10 +52,8 @@ __global__ void fill(MoeIndex job) {
   for (int64_t token = begin; token < end; ++token) {
     const int64_t pair = token * job.experts + expert;
     if (!job.map[pair]) continue;
-    if (row < job.num_rows) {
-      job.token[row] = token;
-      job.row_probability[row] = job.probability[pair];
-    }
+    job.token[row] = token;
+    job.row_probability[row] = job.probability[pair];
     job.row_of_pair[pair] = static_cast<int32_t>(row++);
   }
 }
@@ -66,7 +65,7 @@ __global__ void list(MoeIndex job) {
   int64_t place = job.first[token];
   for (int64_t expert = 0; expert < job.experts; ++expert) {
     const int64_t pair = token * job.experts + expert;
-    if (job.map[pair] && place < job.num_rows) job.row[place++] = job.row_of_pair[pair];
+    if (job.map[pair]) job.row[place++] = job.row_of_pair[pair];
   }
 }
 

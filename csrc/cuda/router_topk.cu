@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) forward(RouterTopk job) {
   const float* scores = job.scores + token * experts;
   float* probability = job.probability + token * experts;
   bool* map = job.map + token * experts;
-  const int64_t bucket = job.bucket[token];
+  const int64_t bucket = checked(job.bucket[token] + 1, job.buckets + 1) - 1;  // from -1
   for (int i = lane; i < experts; i += 32) {
     selection[i] = job.bias == nullptr ? scores[i] : scores[i] + job.bias[i];
     probability[i] = 0.0f;

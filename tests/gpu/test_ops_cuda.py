@@ -1,5 +1,7 @@
 """Compiled ops on a GPU: against the references in fp64 on CPU, in a fixed order, on any stream."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +77,28 @@ def test_strided_inputs_are_read_as_they_are() -> None:
     given = on_gpu(make("norm_rope", 11, 1, 24, torch.float32)[2])
     wide = torch.cat((given[0] * 2, given[0], given[0] * 3), dim=-1).chunk(3, dim=-1)[1]
     assert torch.equal(operator("norm_rope")(wide, *given[1:]), operator("norm_rope")(*given))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "modulated_norm(x, table, table, row, 1e-6, True)",
+        "gated_residual(x, x, table, row)",
+        "gated_residual_norm(x, x, table, row, table, table, row * 0, 1e-6, True)",
+        "gated_residual_norm(x, x, None, row, table, table, row, 1e-6, True)",
+        "expert_activation(x, None, table, None, row, x[:, 0])",
+        "router_topk(x, None, row, 2, 1, 1, 1, 1.0)",
+        "moe_permute(x, x, x > -9, 4 * 8 - 1, 1)",
+    ],
+)
+def test_numbers_out_of_range_stop_the_program(call: str) -> None:
+    given = "x, table = torch.zeros(4, 8).cuda(), torch.zeros(2, 8).cuda(); row = torch.full((4,), 2).cuda()"
+    load = "import torch\nfrom megavid.ops.block_ops import block_ops\n"
+    load += "block_ops('compiled', torch.device('cuda'), torch.float32)\n"
+    code = f"{load}{given}\ntorch.ops.megavid.{call}\ntorch.cuda.synchronize()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr
 
 
 def test_a_table_elsewhere_is_refused() -> None:

@@ -197,6 +197,7 @@ def test_strided_inputs_are_read_as_they_are(op: str) -> None:
         ("gelu", {0: torch.zeros(9, 12, dtype=torch.float16)}, TypeError, "up must be float32 or bfloat16"),
         ("gelu", {3: torch.zeros(8, 12)}, ValueError, "gate_bias is given, and no gate"),
         ("gelu, bias", {2: torch.zeros(8, 11)}, ValueError, r"up_bias must be \[e, 12\]"),
+        ("swiglu, biases", {3: torch.zeros(7, 12)}, ValueError, "gate_bias must be"),
         ("gelu, bias", {4: torch.full((9,), 8)}, ValueError, r"expert must be in \[0, 8\), got 8"),
         ("swiglu", {1: torch.zeros(9, 13)}, ValueError, "gate must be"),
         ("swiglu", {5: torch.zeros(8)}, ValueError, r"probability must be \[9\]"),
