@@ -15,19 +15,19 @@ inline void check_device(const char* op, const Tensor& x, const Tensor& other) {
                     other.device());
 }
 
-inline void check_row_table(const char* op, const Tensor& x, const Tensor& table, const Tensor& row) {
+inline void check_row_table(const char* op, const Tensor& x, const char* name, const Tensor& table,
+                            const char* row_name, const Tensor& row) {
   TORCH_CHECK_VALUE(x.dim() == 2, op, ": x must be [T, D], got ", x.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
                    ": x must be float32 or bfloat16, got ", x.scalar_type());
-  TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, op, ": shift and scale must be float32, got ",
-                   table.scalar_type());
-  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == x.size(1), op, ": shift and scale must be [R, ", x.size(1),
+  TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, op, ": ", name, " must be float32, got ", table.scalar_type());
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == x.size(1), op, ": ", name, " must be [R, ", x.size(1),
                     "], got ", table.sizes());
   check_device(op, x, table);
   check_device(op, x, row);
-  TORCH_CHECK_TYPE(row.scalar_type() == at::kLong, op, ": row must be int64, got ", row.scalar_type());
-  TORCH_CHECK_VALUE(row.dim() == 1 && row.size(0) == x.size(0), op, ": row must be [", x.size(0), "], got ",
-                    row.sizes());
+  TORCH_CHECK_TYPE(row.scalar_type() == at::kLong, op, ": ", row_name, " must be int64, got ", row.scalar_type());
+  TORCH_CHECK_VALUE(row.dim() == 1 && row.size(0) == x.size(0), op, ": ", row_name, " must be [", x.size(0),
+                    "], got ", row.sizes());
 }
 
 inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {

@@ -21,10 +21,10 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_, const Tensor& scale_,
                                                   const Tensor& row_, double eps, bool is_centered) {
-  check_row_table("modulated_norm", x_, shift_, row_);
-  check_row_table("modulated_norm", x_, scale_, row_);
+  check_row_table("modulated_norm", x_, "shift", shift_, "row", row_);
+  check_like("modulated_norm", "scale", scale_, shift_);
   const Tensor x = x_.contiguous(), shift = shift_.contiguous(), scale = scale_.contiguous(), row = row_.contiguous();
-  check_rows_in_range("modulated_norm", row, std::min(shift.size(0), scale.size(0)));
+  check_rows_in_range("modulated_norm", row, scale.size(0));
   Tensor y = at::empty_like(x);
   Tensor mean = at::empty({x.size(0)}, shift.options()), rstd = at::empty_like(mean);
   ModulatedNorm job = norm_job(x, scale, row, mean, rstd, is_centered);
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor
 std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_y_, const Tensor& x_,
                                                            const Tensor& scale_, const Tensor& row_,
                                                            const Tensor& mean, const Tensor& rstd, bool is_centered) {
-  check_row_table("modulated_norm_backward", x_, scale_, row_);
+  check_row_table("modulated_norm_backward", x_, "scale", scale_, "row", row_);
   check_like("modulated_norm_backward", "grad_y", grad_y_, x_);
   const Tensor x = x_.contiguous(), scale = scale_.contiguous(), row = row_.contiguous();
   const Tensor grad_y = grad_y_.contiguous();
@@ -66,17 +66,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(const Tensor& x_,
                                                                const Tensor& scale_, const Tensor& row_, double eps,
                                                                bool is_centered) {
   const char* op = "gated_residual_norm";
-  check_row_table(op, x_, shift_, row_);
-  check_row_table(op, x_, scale_, row_);
+  check_row_table(op, x_, "shift", shift_, "row", row_);
+  check_like(op, "scale", scale_, shift_);
   check_like(op, "update", update_, x_);
   const Tensor x = x_.contiguous(), update = update_.contiguous(), shift = shift_.contiguous();
   const Tensor scale = scale_.contiguous(), row = row_.contiguous(), gate_row = gate_row_.contiguous();
-  check_rows_in_range(op, row, std::min(shift.size(0), scale.size(0)));
+  check_rows_in_range(op, row, scale.size(0));
   Tensor gate;
   if (gate_.has_value()) {
     gate = gate_->contiguous();
-    check_row_table(op, x_, gate, gate_row_);
-    check_rows_in_range(op, gate_row, gate.size(0));
+    check_row_table(op, x_, "gate", gate, "gate_row", gate_row_);
+    check_rows_in_range(op, gate_row, gate.size(0), "gate_row");
   }
   Tensor residual = at::empty_like(x), y = at::empty_like(x);
   Tensor mean = at::empty({x.size(0)}, shift.options()), rstd = at::empty_like(mean);
@@ -101,10 +101,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
     const std::optional<Tensor>& gate_, const Tensor& gate_row_, const Tensor& scale_, const Tensor& row_,
     const Tensor& mean, const Tensor& rstd, bool is_centered) {
   const char* op = "gated_residual_norm_backward";
-  check_row_table(op, residual_, scale_, row_);
+  check_row_table(op, residual_, "scale", scale_, "row", row_);
   check_like(op, "grad_residual", grad_residual_, residual_);
   check_like(op, "grad_y", grad_y_, residual_);
   check_like(op, "update", update_, residual_);
+  if (gate_.has_value()) check_row_table(op, residual_, "gate", *gate_, "gate_row", gate_row_);
   const Tensor residual = residual_.contiguous(), update = update_.contiguous(), scale = scale_.contiguous();
   const Tensor row = row_.contiguous(), gate_row = gate_row_.contiguous();
   const Tensor grad_residual = grad_residual_.contiguous(), grad_y = grad_y_.contiguous();
@@ -138,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
 }
 
 Tensor gated_residual(const Tensor& x_, const Tensor& update_, const Tensor& gate_, const Tensor& row_) {
-  check_row_table("gated_residual", x_, gate_, row_);
+  check_row_table("gated_residual", x_, "gate", gate_, "row", row_);
   check_like("gated_residual", "update", update_, x_);
   const Tensor x = x_.contiguous(), update = update_.contiguous(), gate = gate_.contiguous(), row = row_.contiguous();
   check_rows_in_range("gated_residual", row, gate.size(0));
@@ -159,7 +160,7 @@ Tensor gated_residual(const Tensor& x_, const Tensor& update_, const Tensor& gat
 
 std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad_y_, const Tensor& update_, const Tensor& gate_,
                                                    const Tensor& row_) {
-  check_row_table("gated_residual_backward", update_, gate_, row_);
+  check_row_table("gated_residual_backward", update_, "gate", gate_, "row", row_);
   check_like("gated_residual_backward", "grad_y", grad_y_, update_);
   const Tensor grad_y = grad_y_.contiguous(), update = update_.contiguous();
   const Tensor gate = gate_.contiguous(), row = row_.contiguous();

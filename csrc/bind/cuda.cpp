@@ -19,8 +19,8 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_, const Tensor& scale_,
                                                   const Tensor& row_, double eps, bool is_centered) {
-  check_row_table("modulated_norm", x_, shift_, row_);
-  check_row_table("modulated_norm", x_, scale_, row_);
+  check_row_table("modulated_norm", x_, "shift", shift_, "row", row_);
+  check_like("modulated_norm", "scale", scale_, shift_);
   const Launch launch("modulated_norm", x_);
   const Tensor x = x_.contiguous(), shift = shift_.contiguous(), scale = scale_.contiguous(), row = row_.contiguous();
   Tensor y = at::empty_like(x);
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor
 std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_y_, const Tensor& x_,
                                                            const Tensor& scale_, const Tensor& row_,
                                                            const Tensor& mean, const Tensor& rstd, bool is_centered) {
-  check_row_table("modulated_norm_backward", x_, scale_, row_);
+  check_row_table("modulated_norm_backward", x_, "scale", scale_, "row", row_);
   check_like("modulated_norm_backward", "grad_y", grad_y_, x_);
   const Launch launch("modulated_norm_backward", x_);
   const Tensor x = x_.contiguous(), scale = scale_.contiguous(), row = row_.contiguous();
@@ -59,10 +59,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(const Tensor& x_,
                                                                const Tensor& scale_, const Tensor& row_, double eps,
                                                                bool is_centered) {
   const char* op = "gated_residual_norm";
-  check_row_table(op, x_, shift_, row_);
-  check_row_table(op, x_, scale_, row_);
+  check_row_table(op, x_, "shift", shift_, "row", row_);
+  check_like(op, "scale", scale_, shift_);
   check_like(op, "update", update_, x_);
-  if (gate_.has_value()) check_row_table(op, x_, *gate_, gate_row_);
+  if (gate_.has_value()) check_row_table(op, x_, "gate", *gate_, "gate_row", gate_row_);
   const Launch launch(op, x_);
   const Tensor x = x_.contiguous(), update = update_.contiguous(), shift = shift_.contiguous();
   const Tensor scale = scale_.contiguous(), row = row_.contiguous(), gate_row = gate_row_.contiguous();
@@ -89,11 +89,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
     const std::optional<Tensor>& gate_, const Tensor& gate_row_, const Tensor& scale_, const Tensor& row_,
     const Tensor& mean, const Tensor& rstd, bool is_centered) {
   const char* op = "gated_residual_norm_backward";
-  check_row_table(op, residual_, scale_, row_);
+  check_row_table(op, residual_, "scale", scale_, "row", row_);
   check_like(op, "grad_residual", grad_residual_, residual_);
   check_like(op, "grad_y", grad_y_, residual_);
   check_like(op, "update", update_, residual_);
-  if (gate_.has_value()) check_row_table(op, residual_, *gate_, gate_row_);
+  if (gate_.has_value()) check_row_table(op, residual_, "gate", *gate_, "gate_row", gate_row_);
   const Launch launch(op, residual_);
   const Tensor residual = residual_.contiguous(), update = update_.contiguous(), scale = scale_.contiguous();
   const Tensor row = row_.contiguous(), gate_row = gate_row_.contiguous();
@@ -139,7 +139,7 @@ GatedResidual gate_job(const Tensor& update, const Tensor& gate, const Tensor& r
 }
 
 Tensor gated_residual(const Tensor& x_, const Tensor& update_, const Tensor& gate_, const Tensor& row_) {
-  check_row_table("gated_residual", x_, gate_, row_);
+  check_row_table("gated_residual", x_, "gate", gate_, "row", row_);
   check_like("gated_residual", "update", update_, x_);
   const Launch launch("gated_residual", x_);
   const Tensor x = x_.contiguous(), update = update_.contiguous(), gate = gate_.contiguous(), row = row_.contiguous();
@@ -153,7 +153,7 @@ Tensor gated_residual(const Tensor& x_, const Tensor& update_, const Tensor& gat
 
 std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad_y_, const Tensor& update_, const Tensor& gate_,
                                                    const Tensor& row_) {
-  check_row_table("gated_residual_backward", update_, gate_, row_);
+  check_row_table("gated_residual_backward", update_, "gate", gate_, "row", row_);
   check_like("gated_residual_backward", "grad_y", grad_y_, update_);
   const Launch launch("gated_residual_backward", update_);
   const Tensor grad_y = grad_y_.contiguous(), update = update_.contiguous();

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megavid.ops.compiled import declare, differentiate
-from megavid.ops.modulated_norm import check_rows
+from megavid.ops.modulated_norm import check_row_table
 from megavid.ops.norm import shift_or_gate, wide
 
 
@@ -28,7 +28,7 @@ def gated_residual_reference(x_TD: Tensor, update_TD: Tensor, gate_RD: Tensor, r
     """``x + update * gate[row]``, [T, D] in the dtype of x, in plain torch."""
     if update_TD.shape != x_TD.shape:
         raise ValueError(f"gated_residual: update must be {list(x_TD.shape)}, got {list(update_TD.shape)}")
-    check_rows("gated_residual", x_TD, gate_RD, row_T)
+    check_row_table("gated_residual", x_TD, "gate", gate_RD, "row", row_T)
     return (wide(x_TD) + wide(update_TD) * shift_or_gate(gate_RD, row_T)).type_as(x_TD)
 
 

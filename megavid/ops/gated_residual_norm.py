@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megavid.ops.compiled import declare, differentiate
 from megavid.ops.modulated_norm import (
-    check_rows,
+    check_row_table,
     modulated_norm_backward_reference,
     modulated_norm_reference,
     norm_shapes,
@@ -69,7 +69,7 @@ def gated_residual_norm_reference(
         raise ValueError(f"gated_residual_norm: update must be {list(x_TD.shape)}, got {list(update_TD.shape)}")
     gated = wide(update_TD)
     if gate_GD is not None:
-        check_rows("gated_residual_norm", x_TD, gate_GD, gate_row_T)
+        check_row_table("gated_residual_norm", x_TD, "gate", gate_GD, "gate_row", gate_row_T)
         gated = gated * shift_or_gate(gate_GD, gate_row_T)
     residual = (wide(x_TD) + gated).type_as(x_TD)
     return (residual, *modulated_norm_reference(residual, shift_RD, scale_RD, row_T, eps, is_centered))

@@ -28,8 +28,8 @@ def modulated_norm_op(
     return found
 
 
-def check_rows(op: str, x_TD: Tensor, scale_RD: Tensor, row_T: Tensor) -> None:
-    """Check that a table and its rows fit the tokens.
+def check_row_table(op: str, x_TD: Tensor, name: str, table_RD: Tensor, row_name: str, row_T: Tensor) -> None:
+    """Check that a table and each token's row of it fit the tokens; errors call them by these names.
 
     Raises:
         TypeError: the rows are not int64.
@@ -37,20 +37,20 @@ def check_rows(op: str, x_TD: Tensor, scale_RD: Tensor, row_T: Tensor) -> None:
     """
     if x_TD.dim() != 2:
         raise ValueError(f"{op}: x must be [T, D], got {list(x_TD.shape)}")
-    if scale_RD.dim() != 2 or scale_RD.shape[1] != x_TD.shape[1]:
-        raise ValueError(f"{op}: shift and scale must be [R, {x_TD.shape[1]}], got {list(scale_RD.shape)}")
+    if table_RD.dim() != 2 or table_RD.shape[1] != x_TD.shape[1]:
+        raise ValueError(f"{op}: {name} must be [R, {x_TD.shape[1]}], got {list(table_RD.shape)}")
     if row_T.dtype != torch.int64:
-        raise TypeError(f"{op}: row must be int64, got {row_T.dtype}")
+        raise TypeError(f"{op}: {row_name} must be int64, got {row_T.dtype}")
     if row_T.shape != x_TD.shape[:1]:
-        raise ValueError(f"{op}: row must be [{x_TD.shape[0]}], got {list(row_T.shape)}")
+        raise ValueError(f"{op}: {row_name} must be [{x_TD.shape[0]}], got {list(row_T.shape)}")
 
 
 def modulated_norm_reference(
     x_TD: Tensor, shift_RD: Tensor, scale_RD: Tensor, row_T: Tensor, eps: float, is_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [T, D], mean [T], 1 / deviation [T]) in plain torch; statistics in fp32 or wider."""
-    check_rows("modulated_norm", x_TD, shift_RD, row_T)
-    check_rows("modulated_norm", x_TD, scale_RD, row_T)
+    check_row_table("modulated_norm", x_TD, "shift", shift_RD, "row", row_T)
+    check_row_table("modulated_norm", x_TD, "scale", scale_RD, "row", row_T)
     x = wide(x_TD)
     mean = x.mean(-1, keepdim=True) if is_centered else torch.zeros_like(x[:, :1])
     rstd = torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + eps)

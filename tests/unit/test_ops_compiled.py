@@ -201,11 +201,16 @@ def test_strided_inputs_are_read_as_they_are() -> None:
     [
         ("modulated_norm", {0: torch.zeros(3)}, ValueError, r"x must be \[T, D\]"),
         ("modulated_norm", {0: torch.zeros(9, 12, dtype=torch.float16)}, TypeError, "x must be float32 or bfloat16"),
-        ("modulated_norm", {2: torch.zeros(2, 11)}, ValueError, r"shift and scale must be \[R, 12\]"),
+        ("modulated_norm", {2: torch.zeros(2, 11)}, ValueError, r"scale must be \[2, 12\]"),
+        ("modulated_norm", {1: torch.zeros(2, 11)}, ValueError, r"shift must be \[R, 12\]"),
         ("modulated_norm", {3: torch.zeros(9, dtype=torch.int32)}, TypeError, "row must be int64"),
         ("modulated_norm", {3: torch.full((9,), 2)}, ValueError, r"row must be in \[0, 2\), got 2"),
         ("gated_residual_norm", {1: torch.zeros(9, 13)}, ValueError, "update must be"),
-        ("gated_residual_norm", {3: torch.full((9,), -1)}, ValueError, r"row must be in \[0, 2\), got -1"),
+        ("gated_residual_norm", {2: torch.zeros(2, 11)}, ValueError, r": gate must be \[R, 12\]"),
+        ("gated_residual_norm", {3: torch.zeros(8).long()}, ValueError, r": gate_row must be \[9\]"),
+        ("gated_residual_norm", {3: torch.full((9,), -1)}, ValueError, r": gate_row must be in \[0, 2\), got -1"),
+        ("gated_residual_norm", {6: torch.full((9,), 1)}, ValueError, r": row must be in \[0, 1\), got 1"),
+        ("gated_residual", {2: torch.zeros(2, 12).double()}, TypeError, ": gate must be float32"),
         ("gated_residual", {1: torch.zeros(9, 12, dtype=torch.bfloat16)}, TypeError, "update must be Float"),
         ("sum_of_squares", {0: torch.zeros(4, 6).t()}, ValueError, "neighbouring numbers"),
         ("norm_rope", {1: torch.zeros(8)}, ValueError, r"sums must be \[9\]"),
@@ -218,6 +223,14 @@ def test_what_does_not_fit_is_named(op: str, change: dict[int, Tensor], error: t
     args = [change.get(number, value) for number, value in enumerate(given)]
     with pytest.raises(error, match=message):
         operator(op)(*args)
+
+
+@needs_compiled
+def test_backward_checks_the_gate_too() -> None:
+    x, row, statistic = torch.zeros(9, 12), torch.zeros(9, dtype=torch.int64), torch.zeros(9)
+    given = (x, x, x, x, torch.zeros(2, 11), row, torch.zeros(2, 12), row, statistic, statistic, True)
+    with pytest.raises(ValueError, match=r"gated_residual_norm_backward: gate must be \[R, 12\]"):
+        torch.ops.megavid.gated_residual_norm_backward(*given)
 
 
 def test_the_choice_is_refused_where_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
