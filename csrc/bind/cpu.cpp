@@ -86,6 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(const Tensor& x_,
   job.norm.y = y.mutable_data_ptr();
   job.norm.eps = static_cast<float>(eps);
   job.x = x.const_data_ptr();
+  job.is_bf16 = job.norm.is_bf16;
   job.update = update.const_data_ptr();
   job.gate = gate.defined() ? gate.const_data_ptr<float>() : nullptr;
   job.gate_row = gate_row.const_data_ptr<int64_t>();
@@ -124,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
   job.norm.run_start = starts.data();
   job.norm.run_shift = run_shift.mutable_data_ptr<float>();
   job.norm.run_scale = run_scale.mutable_data_ptr<float>();
+  job.is_bf16 = job.norm.is_bf16;
   job.update = update.const_data_ptr();
   job.gate = gate.defined() ? gate.const_data_ptr<float>() : nullptr;
   job.gate_row = gate_row.const_data_ptr<int64_t>();

@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_permute(const Ten
   MoeRows job = rows_job(x, rows);
   job.token = of_row;
   at::parallel_for(0, num_rows, kGrain, [&](int64_t begin, int64_t end) {
-    MEGAVID_CALL(megavid_moe_permute_forward, job, begin, end);
+    MEGAVID_CALL(megavid_moe_gather, job, begin, end);
   });
   return {rows, row_probability, token, first, row, counts};
 }
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor> moe_permute_backward(const Tensor& grad_, const Tenso
   job.first = first.const_data_ptr<int64_t>();
   job.row = row.const_data_ptr<int64_t>();
   at::parallel_for(0, tokens, kGrain, [&](int64_t begin, int64_t end) {
-    MEGAVID_CALL(megavid_moe_permute_backward, job, begin, end);
+    MEGAVID_CALL(megavid_moe_combine, job, begin, end);
   });
   const int64_t *of_row = token.const_data_ptr<int64_t>(), *count = counts.const_data_ptr<int64_t>();
   const float* from = grad_probability.const_data_ptr<float>();
@@ -184,7 +184,7 @@ Tensor moe_unpermute(const Tensor& x_, const Optional& weight_, const Tensor& to
   job.row = row.const_data_ptr<int64_t>();
   job.weight = weight.defined() ? weight.const_data_ptr<float>() : nullptr;
   at::parallel_for(0, tokens.size(0), kGrain, [&](int64_t begin, int64_t end) {
-    MEGAVID_CALL(megavid_moe_unpermute_forward, job, begin, end);
+    MEGAVID_CALL(megavid_moe_combine, job, begin, end);
   });
   return tokens;
 }
@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor> moe_unpermute_backward(const Tensor& grad_, const Opt
     job.grad_weight = grad_weight.mutable_data_ptr<float>();
   }
   at::parallel_for(0, token.size(0), kGrain, [&](int64_t begin, int64_t end) {
-    MEGAVID_CALL(megavid_moe_unpermute_backward, job, begin, end);
+    MEGAVID_CALL(megavid_moe_gather, job, begin, end);
   });
   return {rows, weight.defined() ? grad_weight : at::empty({0}, grad.options())};
 }

@@ -75,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(const Tensor& x_,
   job.norm.y = y.mutable_data_ptr();
   job.norm.eps = static_cast<float>(eps);
   job.x = x.const_data_ptr();
+  job.is_bf16 = job.norm.is_bf16;
   job.update = update.const_data_ptr();
   job.gate = gate.defined() ? gate.const_data_ptr<float>() : nullptr;
   job.gate_row = gate_row.const_data_ptr<int64_t>();
@@ -115,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
   job.norm.grad_x = grad_x.mutable_data_ptr();
   job.norm.run_shift = shifts.mutable_data_ptr<float>();
   job.norm.run_scale = scales.mutable_data_ptr<float>();
+  job.is_bf16 = job.norm.is_bf16;
   job.update = update.const_data_ptr();
   job.gate = gate.defined() ? gate.const_data_ptr<float>() : nullptr;
   job.gate_row = gate_row.const_data_ptr<int64_t>();
@@ -199,7 +201,7 @@ Tensor norm_rope(const Tensor& x, const Tensor& sums_, const Tensor& weight_, co
   Tensor y = at::empty(x.sizes(), x.options());
   NormRope job = rope_job(x, sums, weight, cosine, sine, norm_width, eps);
   job.y = y.mutable_data_ptr();
-  launch.check(megavid_cuda_norm_rope_forward(&job, launch.stream));
+  launch.check(megavid_cuda_norm_rope_forward(&job, x.size(0), launch.stream));
   return y;
 }
 

@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_permute(const Ten
   Tensor rows = at::empty({num_rows, x.size(1)}, x.options());
   MoeRows job = rows_job(x, rows);
   job.token = token.const_data_ptr<int64_t>();
-  launch.check(megavid_cuda_moe_permute_forward(&job, num_rows, launch.stream));
+  launch.check(megavid_cuda_moe_gather(&job, num_rows, launch.stream));
   return {rows, row_probability, token, first, row, counts};
 }
 
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> moe_permute_backward(const Tensor& grad_, const Tenso
   MoeRows job = rows_job(grad, grad_x);
   job.first = first.const_data_ptr<int64_t>();
   job.row = row.const_data_ptr<int64_t>();
-  launch.check(megavid_cuda_moe_permute_backward(&job, tokens, launch.stream));
+  launch.check(megavid_cuda_moe_combine(&job, tokens, launch.stream));
   MoeIndex index{};
   index.token = const_cast<int64_t*>(token.const_data_ptr<int64_t>());
   index.rows_of_expert = const_cast<int64_t*>(counts.const_data_ptr<int64_t>());
@@ -147,7 +147,7 @@ Tensor moe_unpermute(const Tensor& x_, const Optional& weight_, const Tensor& to
   job.first = first.const_data_ptr<int64_t>();
   job.row = row.const_data_ptr<int64_t>();
   job.weight = weight.defined() ? weight.const_data_ptr<float>() : nullptr;
-  launch.check(megavid_cuda_moe_unpermute_forward(&job, tokens.size(0), launch.stream));
+  launch.check(megavid_cuda_moe_combine(&job, tokens.size(0), launch.stream));
   return tokens;
 }
 
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor> moe_unpermute_backward(const Tensor& grad_, const Opt
     job.weight = weight.const_data_ptr<float>();
     job.grad_weight = grad_weight.mutable_data_ptr<float>();
   }
-  launch.check(megavid_cuda_moe_unpermute_backward(&job, token.size(0), launch.stream));
+  launch.check(megavid_cuda_moe_gather(&job, token.size(0), launch.stream));
   return {rows, weight.defined() ? grad_weight : at::empty({0}, grad.options())};
 }
 

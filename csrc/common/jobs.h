@@ -42,6 +42,7 @@ struct GatedResidualNorm {
   void* grad_update;         // [T, D] backward
   float* run_gate;           // [runs, D] gradient of gate, run by run; the runs split where either row changes
   int64_t gate_rows;         // G; 0 without a gate
+  bool is_bf16;              // of all but the tables
 };
 
 // One call of gated_residual: y = x + update * gate.

@@ -132,14 +132,5 @@ void run_backward(const ExpertActivation& job, int64_t begin, int64_t end) {
 }  // namespace MEGAVID_ISA
 }  // namespace megavid
 
-void MEGAVID_NAME(megavid_expert_activation_forward)(const megavid::ExpertActivation& job, int64_t begin,
-                                                     int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? run_forward<BFloat16>(job, begin, end) : run_forward<float>(job, begin, end);
-}
-
-void MEGAVID_NAME(megavid_expert_activation_backward)(const megavid::ExpertActivation& job, int64_t begin,
-                                                      int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? run_backward<BFloat16>(job, begin, end) : run_backward<float>(job, begin, end);
-}
+MEGAVID_ENTRY(expert_activation_forward, ExpertActivation, run_forward)
+MEGAVID_ENTRY(expert_activation_backward, ExpertActivation, run_backward)

@@ -47,12 +47,5 @@ void backward(const GatedResidual& job, int64_t begin, int64_t end) {
 }  // namespace MEGAVID_ISA
 }  // namespace megavid
 
-void MEGAVID_NAME(megavid_gated_residual_forward)(const megavid::GatedResidual& job, int64_t begin, int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? forward<BFloat16>(job, begin, end) : forward<float>(job, begin, end);
-}
-
-void MEGAVID_NAME(megavid_gated_residual_backward)(const megavid::GatedResidual& job, int64_t begin, int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? backward<BFloat16>(job, begin, end) : backward<float>(job, begin, end);
-}
+MEGAVID_ENTRY(gated_residual_forward, GatedResidual, forward)
+MEGAVID_ENTRY(gated_residual_backward, GatedResidual, backward)

@@ -63,25 +63,14 @@ void backward(const GatedResidualNorm& job, int64_t begin, int64_t end) {
       T* grad_x = static_cast<T*>(norm.grad_x) + token * width;
       T* grad_update = static_cast<T*>(job.grad_update) + token * width;
       const float* scale = norm.scale + norm.row[token] * width;
-      const float mean = norm.mean[token], rstd = norm.rstd[token];
-      float sum = 0.0f, product = 0.0f;
-#pragma omp simd reduction(+ : sum, product)
-      for (int64_t i = 0; i < width; ++i) {
-        const float grad = load(grad_y[i]);
-        normed[i] = (load(residual[i]) - mean) * rstd;
-        inner[i] = grad * (1.0f + scale[i]);
-        sum += inner[i];
-        product += inner[i] * normed[i];
-        grad_shift[i] += grad;
-        grad_scale[i] += grad * normed[i];
-      }
-      const float mean_inner = kCentered ? sum / static_cast<float>(width) : 0.0f;
-      const float mean_product = product / static_cast<float>(width);
+      const float rstd = norm.rstd[token];
+      const Means m = inner_gradient<kCentered>(residual, grad_y, scale, norm.mean[token], rstd, width, normed, inner, grad_shift,
+                                                grad_scale);
       if (grad_gate != nullptr) {
         const float* gate = job.gate + job.gate_row[token] * width;
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) {
-          const float grad = load(grad_residual[i]) + rstd * (inner[i] - mean_inner - normed[i] * mean_product);
+          const float grad = load(grad_residual[i]) + rstd * (inner[i] - m.inner - normed[i] * m.product);
           store(grad_x + i, grad);
           store(grad_update + i, grad * gate[i]);
           grad_gate[i] += grad * load(update[i]);
@@ -90,7 +79,7 @@ void backward(const GatedResidualNorm& job, int64_t begin, int64_t end) {
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) {
           // x and update have the same gradient: one tensor serves both.
-          store(grad_x + i, load(grad_residual[i]) + rstd * (inner[i] - mean_inner - normed[i] * mean_product));
+          store(grad_x + i, load(grad_residual[i]) + rstd * (inner[i] - m.inner - normed[i] * m.product));
         }
       }
     }
@@ -111,14 +100,5 @@ void run_backward(const GatedResidualNorm& job, int64_t begin, int64_t end) {
 }  // namespace MEGAVID_ISA
 }  // namespace megavid
 
-void MEGAVID_NAME(megavid_gated_residual_norm_forward)(const megavid::GatedResidualNorm& job, int64_t begin,
-                                                       int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.norm.is_bf16 ? run_forward<BFloat16>(job, begin, end) : run_forward<float>(job, begin, end);
-}
-
-void MEGAVID_NAME(megavid_gated_residual_norm_backward)(const megavid::GatedResidualNorm& job, int64_t begin,
-                                                        int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.norm.is_bf16 ? run_backward<BFloat16>(job, begin, end) : run_backward<float>(job, begin, end);
-}
+MEGAVID_ENTRY(gated_residual_norm_forward, GatedResidualNorm, run_forward)
+MEGAVID_ENTRY(gated_residual_norm_backward, GatedResidualNorm, run_backward)

@@ -49,23 +49,12 @@ void backward(const ModulatedNorm& job, int64_t begin, int64_t end) {
       const T* grad_y = static_cast<const T*>(job.grad_y) + token * width;
       T* grad_x = static_cast<T*>(job.grad_x) + token * width;
       const float* scale = job.scale + job.row[token] * width;
-      const float mean = job.mean[token], rstd = job.rstd[token];
-      float sum = 0.0f, product = 0.0f;
-#pragma omp simd reduction(+ : sum, product)
-      for (int64_t i = 0; i < width; ++i) {
-        const float grad = load(grad_y[i]);
-        normed[i] = (load(x[i]) - mean) * rstd;
-        inner[i] = grad * (1.0f + scale[i]);
-        sum += inner[i];
-        product += inner[i] * normed[i];
-        grad_shift[i] += grad;
-        grad_scale[i] += grad * normed[i];
-      }
-      const float mean_inner = kCentered ? sum / static_cast<float>(width) : 0.0f;
-      const float mean_product = product / static_cast<float>(width);
+      const float rstd = job.rstd[token];
+      const Means m = inner_gradient<kCentered>(x, grad_y, scale, job.mean[token], rstd, width, normed, inner, grad_shift,
+                                                grad_scale);
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) {
-        store(grad_x + i, rstd * (inner[i] - mean_inner - normed[i] * mean_product));
+        store(grad_x + i, rstd * (inner[i] - m.inner - normed[i] * m.product));
       }
     }
   }
@@ -85,12 +74,5 @@ void run_backward(const ModulatedNorm& job, int64_t begin, int64_t end) {
 }  // namespace MEGAVID_ISA
 }  // namespace megavid
 
-void MEGAVID_NAME(megavid_modulated_norm_forward)(const megavid::ModulatedNorm& job, int64_t begin, int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? run_forward<BFloat16>(job, begin, end) : run_forward<float>(job, begin, end);
-}
-
-void MEGAVID_NAME(megavid_modulated_norm_backward)(const megavid::ModulatedNorm& job, int64_t begin, int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? run_backward<BFloat16>(job, begin, end) : run_backward<float>(job, begin, end);
-}
+MEGAVID_ENTRY(modulated_norm_forward, ModulatedNorm, run_forward)
+MEGAVID_ENTRY(modulated_norm_backward, ModulatedNorm, run_backward)

@@ -32,5 +32,29 @@ Moments moments(const float* wide, int64_t width, float eps) {
   return {mean, 1.0f / std::sqrt(squares / static_cast<float>(width) + eps)};
 }
 
+// Means over a token's numbers that the gradient of its norm is less: of inner, and of inner * normed.
+struct Means {
+  float inner;
+  float product;
+};
+
+// normed = (x - mean) * rstd and inner = grad_y * (1 + scale) of a token, which adds to the gradients of shift and scale.
+template <bool kCentered, typename T>
+Means inner_gradient(const T* x, const T* grad_y, const float* scale, float mean, float rstd, int64_t width,
+                     float* normed, float* inner, float* grad_shift, float* grad_scale) {
+  float sum = 0.0f, product = 0.0f;
+#pragma omp simd reduction(+ : sum, product)
+  for (int64_t i = 0; i < width; ++i) {
+    const float grad = load(grad_y[i]);
+    normed[i] = (load(x[i]) - mean) * rstd;
+    inner[i] = grad * (1.0f + scale[i]);
+    sum += inner[i];
+    product += inner[i] * normed[i];
+    grad_shift[i] += grad;
+    grad_scale[i] += grad * normed[i];
+  }
+  return {kCentered ? sum / static_cast<float>(width) : 0.0f, product / static_cast<float>(width)};
+}
+
 }  // namespace MEGAVID_ISA
 }  // namespace megavid

@@ -74,12 +74,5 @@ void backward(const NormRope& job, int64_t begin, int64_t end) {
 }  // namespace MEGAVID_ISA
 }  // namespace megavid
 
-void MEGAVID_NAME(megavid_norm_rope_forward)(const megavid::NormRope& job, int64_t begin, int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? forward<BFloat16>(job, begin, end) : forward<float>(job, begin, end);
-}
-
-void MEGAVID_NAME(megavid_norm_rope_backward)(const megavid::NormRope& job, int64_t begin, int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? backward<BFloat16>(job, begin, end) : backward<float>(job, begin, end);
-}
+MEGAVID_ENTRY(norm_rope_forward, NormRope, forward)
+MEGAVID_ENTRY(norm_rope_backward, NormRope, backward)

@@ -15,6 +15,13 @@
 // The name of a function of this file in the instruction set that it is being compiled for.
 #define MEGAVID_NAME(name) MEGAVID_JOIN(name, MEGAVID_ISA)
 
+// Defines megavid_NAME, as kernels.h declares it: `function` for the number format of the job.
+#define MEGAVID_ENTRY(name, Job, function)                                                     \
+  void MEGAVID_NAME(megavid_##name)(const megavid::Job& job, int64_t begin, int64_t end) {     \
+    using namespace megavid::MEGAVID_ISA;                                                      \
+    job.is_bf16 ? function<BFloat16>(job, begin, end) : function<float>(job, begin, end);      \
+  }
+
 namespace megavid {
 namespace MEGAVID_ISA {
 

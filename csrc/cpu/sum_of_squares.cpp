@@ -38,12 +38,5 @@ void backward(const SumOfSquares& job, int64_t begin, int64_t end) {
 }  // namespace MEGAVID_ISA
 }  // namespace megavid
 
-void MEGAVID_NAME(megavid_sum_of_squares_forward)(const megavid::SumOfSquares& job, int64_t begin, int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? forward<BFloat16>(job, begin, end) : forward<float>(job, begin, end);
-}
-
-void MEGAVID_NAME(megavid_sum_of_squares_backward)(const megavid::SumOfSquares& job, int64_t begin, int64_t end) {
-  using namespace megavid::MEGAVID_ISA;
-  job.is_bf16 ? backward<BFloat16>(job, begin, end) : backward<float>(job, begin, end);
-}
+MEGAVID_ENTRY(sum_of_squares_forward, SumOfSquares, forward)
+MEGAVID_ENTRY(sum_of_squares_backward, SumOfSquares, backward)

@@ -86,6 +86,32 @@ __device__ Moments moments(const T* x, int64_t width, float eps) {
   return {mean, 1.0f / sqrtf(block_sum(squares) / static_cast<float>(width) + eps)};
 }
 
+// Means over a token's numbers that the gradient of its norm is less: of inner = grad_y * (1 + scale), and of inner times
+// the normed number.
+struct Means {
+  float inner;
+  float product;
+};
+
+template <typename T, bool kCentered>
+__device__ Means inner_means(const T* x, const T* grad_y, const float* scale, float mean, float rstd, int64_t width) {
+  float sum = 0.0f, product = 0.0f;
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    const float inner = load(grad_y[i]) * (1.0f + scale[i]);
+    sum += inner;
+    product += inner * (load(x[i]) - mean) * rstd;
+  }
+  const float mean_inner = kCentered ? block_sum(sum) / static_cast<float>(width) : 0.0f;
+  return {mean_inner, block_sum(product) / static_cast<float>(width)};
+}
+
+// One block of kThreads threads a token or row.
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel* kernel, int64_t blocks, cudaStream_t stream, const Args&... args) {
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args...);
+  return cudaGetLastError();
+}
+
 // One table whose gradient is summed: [chunks, rows, width], and every token's row (null: all in row 0).
 struct Table {
   const int64_t* row;
@@ -138,3 +164,19 @@ cudaError_t launch_sums(const Terms& terms, const Tables<kTables>& tables, const
 
 }  // namespace cuda
 }  // namespace megavid
+
+// Defines megavid_cuda_NAME of kernels.h: `function` for the number format of the job, over tokens or rows, if any.
+#define MEGAVID_ENTRY(name, Job, function)                                                                 \
+  cudaError_t megavid_cuda_##name(const megavid::Job* job, int64_t tokens, cudaStream_t stream) {          \
+    using namespace megavid::cuda;                                                                         \
+    if (tokens == 0) return cudaSuccess;                                                                   \
+    return job->is_bf16 ? function<BFloat16>(*job, tokens, stream) : function<float>(*job, tokens, stream); \
+  }
+
+// Likewise of one that sums over tokens.
+#define MEGAVID_ENTRY_SUMS(name, Job, function)                                                            \
+  cudaError_t megavid_cuda_##name(const megavid::Job* job, const megavid::Sums* sums, cudaStream_t stream) { \
+    using namespace megavid::cuda;                                                                         \
+    if (sums->tokens == 0) return cudaSuccess;                                                             \
+    return job->is_bf16 ? function<BFloat16>(*job, *sums, stream) : function<float>(*job, *sums, stream);  \
+  }

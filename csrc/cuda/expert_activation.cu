@@ -91,18 +91,13 @@ struct Terms {
 
 template <typename T>
 cudaError_t run_forward(const ExpertActivation& job, int64_t rows, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(rows);
-  job.gate != nullptr ? forward<T, true><<<blocks, kThreads, 0, stream>>>(job)
-                      : forward<T, false><<<blocks, kThreads, 0, stream>>>(job);
-  return cudaGetLastError();
+  return launch(job.gate != nullptr ? forward<T, true> : forward<T, false>, rows, stream, job);
 }
 
 template <typename T>
 cudaError_t run_backward(const ExpertActivation& job, const Sums& sums, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(sums.tokens);
-  job.gate != nullptr ? backward<T, true><<<blocks, kThreads, 0, stream>>>(job)
-                      : backward<T, false><<<blocks, kThreads, 0, stream>>>(job);
-  if (const cudaError_t error = cudaGetLastError()) return error;
+  const auto kernel = job.gate != nullptr ? backward<T, true> : backward<T, false>;
+  if (const cudaError_t error = launch(kernel, sums.tokens, stream, job)) return error;
   if (job.run_up != nullptr) {
     const Tables<1> table{{{job.expert, job.experts, job.run_up}}};
     const cudaError_t error = launch_sums(Terms<T>{job.grad_up, job.width}, table, sums, job.width, stream);
@@ -117,18 +112,5 @@ cudaError_t run_backward(const ExpertActivation& job, const Sums& sums, cudaStre
 }  // namespace cuda
 }  // namespace megavid
 
-using megavid::cuda::BFloat16;
-
-cudaError_t megavid_cuda_expert_activation_forward(const megavid::ExpertActivation* job, int64_t rows,
-                                                   cudaStream_t stream) {
-  if (rows == 0) return cudaSuccess;
-  return job->is_bf16 ? megavid::cuda::run_forward<BFloat16>(*job, rows, stream)
-                      : megavid::cuda::run_forward<float>(*job, rows, stream);
-}
-
-cudaError_t megavid_cuda_expert_activation_backward(const megavid::ExpertActivation* job, const megavid::Sums* sums,
-                                                    cudaStream_t stream) {
-  if (sums->tokens == 0) return cudaSuccess;
-  return job->is_bf16 ? megavid::cuda::run_backward<BFloat16>(*job, *sums, stream)
-                      : megavid::cuda::run_backward<float>(*job, *sums, stream);
-}
+MEGAVID_ENTRY(expert_activation_forward, ExpertActivation, run_forward)
+MEGAVID_ENTRY_SUMS(expert_activation_backward, ExpertActivation, run_backward)

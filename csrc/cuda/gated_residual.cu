@@ -37,9 +37,13 @@ struct Terms {
 };
 
 template <typename T>
+cudaError_t run_forward(const GatedResidual& job, int64_t tokens, cudaStream_t stream) {
+  return launch(forward<T>, tokens, stream, job);
+}
+
+template <typename T>
 cudaError_t run_backward(const GatedResidual& job, const Sums& sums, cudaStream_t stream) {
-  backward<T><<<static_cast<unsigned>(sums.tokens), kThreads, 0, stream>>>(job);
-  if (const cudaError_t error = cudaGetLastError()) return error;
+  if (const cudaError_t error = launch(backward<T>, sums.tokens, stream, job)) return error;
   const Tables<1> tables{{{job.row, job.rows, job.run_gate}}};
   return launch_sums(Terms<T>{job}, tables, sums, job.width, stream);
 }
@@ -48,21 +52,5 @@ cudaError_t run_backward(const GatedResidual& job, const Sums& sums, cudaStream_
 }  // namespace cuda
 }  // namespace megavid
 
-using megavid::cuda::BFloat16;
-using megavid::cuda::kThreads;
-
-cudaError_t megavid_cuda_gated_residual_forward(const megavid::GatedResidual* job, int64_t tokens,
-                                                cudaStream_t stream) {
-  if (tokens == 0) return cudaSuccess;
-  const unsigned blocks = static_cast<unsigned>(tokens);
-  job->is_bf16 ? megavid::cuda::forward<BFloat16><<<blocks, kThreads, 0, stream>>>(*job)
-               : megavid::cuda::forward<float><<<blocks, kThreads, 0, stream>>>(*job);
-  return cudaGetLastError();
-}
-
-cudaError_t megavid_cuda_gated_residual_backward(const megavid::GatedResidual* job, const megavid::Sums* sums,
-                                                 cudaStream_t stream) {
-  if (sums->tokens == 0) return cudaSuccess;
-  return job->is_bf16 ? megavid::cuda::run_backward<BFloat16>(*job, *sums, stream)
-                      : megavid::cuda::run_backward<float>(*job, *sums, stream);
-}
+MEGAVID_ENTRY(gated_residual_forward, GatedResidual, run_forward)
+MEGAVID_ENTRY_SUMS(gated_residual_backward, GatedResidual, run_backward)

@@ -57,26 +57,18 @@ __global__ void __launch_bounds__(kThreads) backward(GatedResidualNorm job, Sums
   const T* residual = row_of<T>(norm.x, token, width);
   const T* grad_y = row_of<T>(norm.grad_y, token, width);
   const float* scale = norm.scale + checked(norm.row[token], norm.rows) * width;
-  const float mean = norm.mean[token], rstd = norm.rstd[token];
-  float sum = 0.0f, product = 0.0f;
-  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
-    const float inner = load(grad_y[i]) * (1.0f + scale[i]);
-    sum += inner;
-    product += inner * (load(residual[i]) - mean) * rstd;
-  }
-  const float mean_inner = kCentered ? block_sum(sum) / static_cast<float>(width) : 0.0f;
-  const float mean_product = block_sum(product) / static_cast<float>(width);
+  const Means m = inner_means<T, kCentered>(residual, grad_y, scale, norm.mean[token], norm.rstd[token], width);
   T* grad_x = row_of<T>(norm.grad_x, token, width);
   T* grad_update = row_of<T>(job.grad_update, token, width);
   const float* gate = gate_of(job, token);
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
-    const float grad = grad_of_x<T>(job, token, i, mean_inner, mean_product);
+    const float grad = grad_of_x<T>(job, token, i, m.inner, m.product);
     store(grad_x + i, grad);
     if (gate != nullptr) store(grad_update + i, grad * gate[i]);  // without a gate, grad_x serves both
   }
   if (threadIdx.x == 0) {
-    sums.mean_inner[token] = mean_inner;
-    sums.mean_product[token] = mean_product;
+    sums.mean_inner[token] = m.inner;
+    sums.mean_product[token] = m.product;
   }
 }
 
@@ -101,19 +93,14 @@ struct Terms {
 
 template <typename T>
 cudaError_t run_forward(const GatedResidualNorm& job, int64_t tokens, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(tokens);
-  job.norm.is_centered ? forward<T, true><<<blocks, kThreads, 0, stream>>>(job)
-                       : forward<T, false><<<blocks, kThreads, 0, stream>>>(job);
-  return cudaGetLastError();
+  return launch(job.norm.is_centered ? forward<T, true> : forward<T, false>, tokens, stream, job);
 }
 
 template <typename T>
 cudaError_t run_backward(const GatedResidualNorm& job, const Sums& sums, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(sums.tokens);
   const ModulatedNorm& norm = job.norm;
-  norm.is_centered ? backward<T, true><<<blocks, kThreads, 0, stream>>>(job, sums)
-                   : backward<T, false><<<blocks, kThreads, 0, stream>>>(job, sums);
-  if (const cudaError_t error = cudaGetLastError()) return error;
+  const auto kernel = norm.is_centered ? backward<T, true> : backward<T, false>;
+  if (const cudaError_t error = launch(kernel, sums.tokens, stream, job, sums)) return error;
   const Table shift{norm.row, norm.rows, norm.run_shift}, scale{norm.row, norm.rows, norm.run_scale};
   if (job.gate == nullptr) {
     const Terms<T, false> terms{job, sums.mean_inner, sums.mean_product};
@@ -128,18 +115,5 @@ cudaError_t run_backward(const GatedResidualNorm& job, const Sums& sums, cudaStr
 }  // namespace cuda
 }  // namespace megavid
 
-using megavid::cuda::BFloat16;
-
-cudaError_t megavid_cuda_gated_residual_norm_forward(const megavid::GatedResidualNorm* job, int64_t tokens,
-                                                     cudaStream_t stream) {
-  if (tokens == 0) return cudaSuccess;
-  return job->norm.is_bf16 ? megavid::cuda::run_forward<BFloat16>(*job, tokens, stream)
-                           : megavid::cuda::run_forward<float>(*job, tokens, stream);
-}
-
-cudaError_t megavid_cuda_gated_residual_norm_backward(const megavid::GatedResidualNorm* job,
-                                                      const megavid::Sums* sums, cudaStream_t stream) {
-  if (sums->tokens == 0) return cudaSuccess;
-  return job->norm.is_bf16 ? megavid::cuda::run_backward<BFloat16>(*job, *sums, stream)
-                           : megavid::cuda::run_backward<float>(*job, *sums, stream);
-}
+MEGAVID_ENTRY(gated_residual_norm_forward, GatedResidualNorm, run_forward)
+MEGAVID_ENTRY_SUMS(gated_residual_norm_backward, GatedResidualNorm, run_backward)

@@ -32,7 +32,7 @@ cudaError_t megavid_cuda_gated_residual_forward(const megavid::GatedResidual*, i
 cudaError_t megavid_cuda_gated_residual_backward(const megavid::GatedResidual*, const megavid::Sums*, cudaStream_t);
 cudaError_t megavid_cuda_sum_of_squares_forward(const megavid::SumOfSquares*, int64_t tokens, cudaStream_t);
 cudaError_t megavid_cuda_sum_of_squares_backward(const megavid::SumOfSquares*, int64_t tokens, cudaStream_t);
-cudaError_t megavid_cuda_norm_rope_forward(const megavid::NormRope*, cudaStream_t);
+cudaError_t megavid_cuda_norm_rope_forward(const megavid::NormRope*, int64_t tokens, cudaStream_t);
 cudaError_t megavid_cuda_norm_rope_backward(const megavid::NormRope*, const megavid::Sums*, cudaStream_t);
 cudaError_t megavid_cuda_expert_activation_forward(const megavid::ExpertActivation*, int64_t rows, cudaStream_t);
 // Sums: its tokens are rows.
@@ -40,10 +40,8 @@ cudaError_t megavid_cuda_expert_activation_backward(const megavid::ExpertActivat
                                                     cudaStream_t);
 cudaError_t megavid_cuda_moe_index(const megavid::MoeIndex*, cudaStream_t);
 cudaError_t megavid_cuda_moe_scatter_gates(const megavid::MoeIndex*, cudaStream_t);
-cudaError_t megavid_cuda_moe_permute_forward(const megavid::MoeRows*, int64_t rows, cudaStream_t);
-cudaError_t megavid_cuda_moe_permute_backward(const megavid::MoeRows*, int64_t tokens, cudaStream_t);
-cudaError_t megavid_cuda_moe_unpermute_forward(const megavid::MoeRows*, int64_t tokens, cudaStream_t);
-cudaError_t megavid_cuda_moe_unpermute_backward(const megavid::MoeRows*, int64_t rows, cudaStream_t);
+cudaError_t megavid_cuda_moe_gather(const megavid::MoeRows*, int64_t rows, cudaStream_t);
+cudaError_t megavid_cuda_moe_combine(const megavid::MoeRows*, int64_t tokens, cudaStream_t);
 cudaError_t megavid_cuda_router_topk_forward(const megavid::RouterTopk*, cudaStream_t);
 cudaError_t megavid_cuda_router_topk_backward(const megavid::RouterTopk*, cudaStream_t);
 }

@@ -33,17 +33,10 @@ __global__ void __launch_bounds__(kThreads) backward(ModulatedNorm job) {
   T* grad_x = row_of<T>(job.grad_x, token, width);
   const float* scale = job.scale + checked(job.row[token], job.rows) * width;
   const float mean = job.mean[token], rstd = job.rstd[token];
-  float sum = 0.0f, product = 0.0f;
+  const Means m = inner_means<T, kCentered>(x, grad_y, scale, mean, rstd, width);
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
     const float inner = load(grad_y[i]) * (1.0f + scale[i]);
-    sum += inner;
-    product += inner * (load(x[i]) - mean) * rstd;
-  }
-  const float mean_inner = kCentered ? block_sum(sum) / static_cast<float>(width) : 0.0f;
-  const float mean_product = block_sum(product) / static_cast<float>(width);
-  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
-    const float inner = load(grad_y[i]) * (1.0f + scale[i]);
-    store(grad_x + i, rstd * (inner - mean_inner - (load(x[i]) - mean) * rstd * mean_product));
+    store(grad_x + i, rstd * (inner - m.inner - (load(x[i]) - mean) * rstd * m.product));
   }
 }
 
@@ -60,18 +53,13 @@ struct Terms {
 
 template <typename T>
 cudaError_t run_forward(const ModulatedNorm& job, int64_t tokens, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(tokens);
-  job.is_centered ? forward<T, true><<<blocks, kThreads, 0, stream>>>(job)
-                  : forward<T, false><<<blocks, kThreads, 0, stream>>>(job);
-  return cudaGetLastError();
+  return launch(job.is_centered ? forward<T, true> : forward<T, false>, tokens, stream, job);
 }
 
 template <typename T>
 cudaError_t run_backward(const ModulatedNorm& job, const Sums& sums, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(sums.tokens);
-  job.is_centered ? backward<T, true><<<blocks, kThreads, 0, stream>>>(job)
-                  : backward<T, false><<<blocks, kThreads, 0, stream>>>(job);
-  if (const cudaError_t error = cudaGetLastError()) return error;
+  const auto kernel = job.is_centered ? backward<T, true> : backward<T, false>;
+  if (const cudaError_t error = launch(kernel, sums.tokens, stream, job)) return error;
   const Tables<2> tables{{{job.row, job.rows, job.run_shift}, {job.row, job.rows, job.run_scale}}};
   return launch_sums(Terms<T>{job}, tables, sums, job.width, stream);
 }
@@ -80,18 +68,5 @@ cudaError_t run_backward(const ModulatedNorm& job, const Sums& sums, cudaStream_
 }  // namespace cuda
 }  // namespace megavid
 
-using megavid::cuda::BFloat16;
-
-cudaError_t megavid_cuda_modulated_norm_forward(const megavid::ModulatedNorm* job, int64_t tokens,
-                                                cudaStream_t stream) {
-  if (tokens == 0) return cudaSuccess;
-  return job->is_bf16 ? megavid::cuda::run_forward<BFloat16>(*job, tokens, stream)
-                      : megavid::cuda::run_forward<float>(*job, tokens, stream);
-}
-
-cudaError_t megavid_cuda_modulated_norm_backward(const megavid::ModulatedNorm* job, const megavid::Sums* sums,
-                                                 cudaStream_t stream) {
-  if (sums->tokens == 0) return cudaSuccess;
-  return job->is_bf16 ? megavid::cuda::run_backward<BFloat16>(*job, *sums, stream)
-                      : megavid::cuda::run_backward<float>(*job, *sums, stream);
-}
+MEGAVID_ENTRY(modulated_norm_forward, ModulatedNorm, run_forward)
+MEGAVID_ENTRY_SUMS(modulated_norm_backward, ModulatedNorm, run_backward)

@@ -27,27 +27,19 @@ __global__ void __launch_bounds__(kThreads) backward(SumOfSquares job) {
   for (int64_t i = threadIdx.x; i < job.width; i += kThreads) store(grad_x + i, grad * load(x[i]));
 }
 
+template <typename T>
+cudaError_t run_forward(const SumOfSquares& job, int64_t tokens, cudaStream_t stream) {
+  return launch(forward<T>, tokens, stream, job);
+}
+
+template <typename T>
+cudaError_t run_backward(const SumOfSquares& job, int64_t tokens, cudaStream_t stream) {
+  return launch(backward<T>, tokens, stream, job);
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace megavid
 
-using megavid::cuda::BFloat16;
-using megavid::cuda::kThreads;
-
-cudaError_t megavid_cuda_sum_of_squares_forward(const megavid::SumOfSquares* job, int64_t tokens,
-                                                cudaStream_t stream) {
-  if (tokens == 0) return cudaSuccess;
-  const unsigned blocks = static_cast<unsigned>(tokens);
-  job->is_bf16 ? megavid::cuda::forward<BFloat16><<<blocks, kThreads, 0, stream>>>(*job)
-               : megavid::cuda::forward<float><<<blocks, kThreads, 0, stream>>>(*job);
-  return cudaGetLastError();
-}
-
-cudaError_t megavid_cuda_sum_of_squares_backward(const megavid::SumOfSquares* job, int64_t tokens,
-                                                 cudaStream_t stream) {
-  if (tokens == 0) return cudaSuccess;
-  const unsigned blocks = static_cast<unsigned>(tokens);
-  job->is_bf16 ? megavid::cuda::backward<BFloat16><<<blocks, kThreads, 0, stream>>>(*job)
-               : megavid::cuda::backward<float><<<blocks, kThreads, 0, stream>>>(*job);
-  return cudaGetLastError();
-}
+MEGAVID_ENTRY(sum_of_squares_forward, SumOfSquares, run_forward)
+MEGAVID_ENTRY(sum_of_squares_backward, SumOfSquares, run_backward)

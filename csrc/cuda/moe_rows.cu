@@ -1,10 +1,13 @@
-// Rows sorted by expert and the tokens that they are of: both directions. Twin of csrc/cpu/rows.h.
-#pragma once
-
+// Rows sorted by expert and the tokens that they are of: tokens to rows, and sums of a token's rows.
+//
+// moe_permute gathers forward and combines backward, moe_unpermute the other way round. Memory traffic: gathering reads a
+// token for each of its rows and writes the rows, and reads the rows' own numbers where weights take a gradient; combining
+// reads the rows and writes the tokens.
 #include "device.cuh"
 
 namespace megavid {
 namespace cuda {
+namespace {
 
 // to[row] = weight[row] * from[token[row]]; zeros in rows that only fill up. One block a row.
 template <typename T>
@@ -52,16 +55,18 @@ __global__ void __launch_bounds__(kThreads) combine_rows(MoeRows job) {
 }
 
 template <typename T>
-cudaError_t launch_gather(const MoeRows& job, int64_t rows, cudaStream_t stream) {
-  gather_rows<T><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(job);
-  return cudaGetLastError();
+cudaError_t run_gather(const MoeRows& job, int64_t rows, cudaStream_t stream) {
+  return launch(gather_rows<T>, rows, stream, job);
 }
 
 template <typename T>
-cudaError_t launch_combine(const MoeRows& job, int64_t tokens, cudaStream_t stream) {
-  combine_rows<T><<<static_cast<unsigned>(tokens), kThreads, 0, stream>>>(job);
-  return cudaGetLastError();
+cudaError_t run_combine(const MoeRows& job, int64_t tokens, cudaStream_t stream) {
+  return launch(combine_rows<T>, tokens, stream, job);
 }
 
+}  // namespace
 }  // namespace cuda
 }  // namespace megavid
+
+MEGAVID_ENTRY(moe_gather, MoeRows, run_gather)
+MEGAVID_ENTRY(moe_combine, MoeRows, run_combine)

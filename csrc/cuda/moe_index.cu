@@ -1,8 +1,7 @@
-// Tokens to rows sorted by expert; backward, the sum of each token's rows. And before both, where every row stands.
+// Where every row of moe_permute stands; backward, the gradient of the gates.
 //
-// Memory traffic: forward reads a token for each of its rows and writes the rows; backward reads the rows and writes the
-// tokens. The map is read three times: counted by chunks of tokens, then numbered, then listed by token.
-#include "rows.cuh"
+// The map is read three times: counted by chunks of tokens, then numbered, then listed by token.
+#include "device.cuh"
 
 namespace megavid {
 namespace cuda {
@@ -84,8 +83,6 @@ unsigned blocks_of(int64_t items, int64_t each) { return static_cast<unsigned>((
 }  // namespace cuda
 }  // namespace megavid
 
-using megavid::cuda::BFloat16;
-
 cudaError_t megavid_cuda_moe_index(const megavid::MoeIndex* job, cudaStream_t stream) {
   using namespace megavid::cuda;
   if (job->experts == 0) return cudaSuccess;
@@ -104,16 +101,4 @@ cudaError_t megavid_cuda_moe_scatter_gates(const megavid::MoeIndex* job, cudaStr
   if (job->num_rows == 0 || job->experts == 0) return cudaSuccess;
   scatter<<<blocks_of(job->num_rows, kThreads), kThreads, 0, stream>>>(*job);
   return cudaGetLastError();
-}
-
-cudaError_t megavid_cuda_moe_permute_forward(const megavid::MoeRows* job, int64_t rows, cudaStream_t stream) {
-  if (rows == 0) return cudaSuccess;
-  return job->is_bf16 ? megavid::cuda::launch_gather<BFloat16>(*job, rows, stream)
-                      : megavid::cuda::launch_gather<float>(*job, rows, stream);
-}
-
-cudaError_t megavid_cuda_moe_permute_backward(const megavid::MoeRows* job, int64_t tokens, cudaStream_t stream) {
-  if (tokens == 0) return cudaSuccess;
-  return job->is_bf16 ? megavid::cuda::launch_combine<BFloat16>(*job, tokens, stream)
-                      : megavid::cuda::launch_combine<float>(*job, tokens, stream);
 }

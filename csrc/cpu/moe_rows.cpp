@@ -1,6 +1,8 @@
-// Rows sorted by expert and the tokens that they are of: both directions, as moe_permute and moe_unpermute need them.
-#pragma once
-
+// Rows sorted by expert and the tokens that they are of: tokens to rows, and sums of a token's rows.
+//
+// moe_permute gathers forward and combines backward, moe_unpermute the other way round. Memory traffic: gathering reads a
+// token for each of its rows and writes the rows, and reads the rows' own numbers where weights take a gradient; combining
+// reads the rows and writes the tokens. Eager torch adds row by row into the tokens, and in bf16 rounds every sum.
 #include <cstring>
 
 #include "kernels.h"
@@ -8,6 +10,7 @@
 
 namespace megavid {
 namespace MEGAVID_ISA {
+namespace {
 
 // to[row] = weight[row] * from[token[row]] for a range of rows; zeros in rows that only fill up.
 template <typename T>
@@ -66,5 +69,9 @@ void combine_rows(const MoeRows& job, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
 }  // namespace MEGAVID_ISA
 }  // namespace megavid
+
+MEGAVID_ENTRY(moe_gather, MoeRows, gather_rows)
+MEGAVID_ENTRY(moe_combine, MoeRows, combine_rows)
