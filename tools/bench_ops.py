@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -28,12 +29,14 @@ from torch import Tensor
 
 from megavid.ops.block_ops import COMPILED, REFERENCE, BlockOps
 from megavid.ops.compiled import instruction_set, why_not_compiled_for
-from megavid.ops.expert_activation import expert_activation_reference
+from megavid.ops.grouped_experts import activate_plainly
 from megavid.parallel import mcore
 from megavid.training.profile_report import cpu_name
 
 EPS, CLIPS = 1e-6, 4
 EXPERTS, TOP_K, BUCKETS = 64, 8, 4
+CALLS, HOST_CYCLES = 10, 10**8
+"""Calls timed together on a GPU, and how long it is kept busy meanwhile: some 50 ms, longer than the host needs."""
 WARM_STEPS = 2
 """Training steps left out, the first of a process."""
 
@@ -92,7 +95,7 @@ def _table(sizes: Sizes) -> Tensor:
 
 def activate(ops: BlockOps) -> Callable[..., Any]:
     """An expert's activation; rows of an expert stand together."""
-    function = ops.moe.activate or expert_activation_reference
+    function = ops.moe.activate or activate_plainly
 
     def gelu(up: Tensor, bias: Tensor, expert: Tensor, probability: Tensor) -> Tensor:
         return function(up, None, bias, None, expert, probability)
@@ -102,7 +105,7 @@ def activate(ops: BlockOps) -> Callable[..., Any]:
 
 def swiglu(ops: BlockOps) -> Callable[..., Any]:
     """Likewise with a gate, and no biases."""
-    function = ops.moe.activate or expert_activation_reference
+    function = ops.moe.activate or activate_plainly
 
     def call(up: Tensor, gate: Tensor, expert: Tensor, probability: Tensor) -> Tensor:
         return function(up, gate, None, None, expert, probability)
@@ -226,30 +229,33 @@ def passes(function: Callable[..., Any], inputs: list[Tensor], is_backward: bool
     return call
 
 
-def time_in_turn(calls: Sequence[Callable[[], None]], rounds: int, device: str = "cpu") -> list[list[float]]:
+def seconds_of(call: Callable[[], None], device: str) -> float:
+    """Of one call; on a GPU its own time alone, of several that the host has handed in before the first begins."""
+    if device == "cpu":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HOST_CYCLES)
+    began.record()
+    for _ in range(CALLS):
+        call()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) * 1e-3 / CALLS
+
+
+def time_in_turn(calls: Sequence[Callable[[], None]], rounds: int, device: str) -> list[list[float]]:
     """Seconds of every call in every round; the order turns from round to round."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for call in calls:
         call()
         call()
-    wait()
     seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds):
         for number in range(len(calls)):
             which = (number + turn) % len(calls)
-            began = time.perf_counter()
-            calls[which]()
-            wait()
-            seconds[which].append(time.perf_counter() - began)
+            seconds[which].append(seconds_of(calls[which], device))
     return seconds
-
-
-def copy_bandwidth(device: str, rounds: int) -> float:
-    """Bytes a second of a large copy, read and written."""
-    source = torch.empty(2**26 if device == "cuda" else 2**24)
-    target = torch.empty_like(source)
-    (seconds,) = time_in_turn([lambda: target.copy_(source)], rounds, device)
-    return 2 * source.nbytes / min(seconds)
 
 
 def bytes_of(function: Callable[..., Any], inputs: list[Tensor]) -> int:
@@ -258,9 +264,8 @@ def bytes_of(function: Callable[..., Any], inputs: list[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in (*inputs, *([found] if isinstance(found, Tensor) else found)))
 
 
-def time_ops(sizes: Sizes, rounds: int, device: str, only: str) -> list[str]:
-    """The table of ops; on a GPU with their share of a copy's bandwidth in the forward pass."""
-    bandwidth = copy_bandwidth(device, rounds) if device == "cuda" else 0.0
+def time_ops(sizes: Sizes, rounds: int, device: str, only: str, bandwidth: float) -> list[str]:
+    """The table of ops; where a copy's bandwidth is given (bytes a second), with the forward passes' share of it."""
     lines = [
         "| op | dtype | pass | plain torch, ms | op, ms | torch.compile, ms | plain / op | torch.compile / op |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -331,26 +336,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step-rounds", type=int, default=2, help="processes of each setting (default %(default)s)")
     parser.add_argument("--only", default="", help="ops whose names have this in them; step: the training steps alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the ops (default %(default)s)")
+    parser.add_argument(
+        "--ceiling", type=Path, help="what `gpu_check.py ceiling` wrote: tell shares of a copy's bandwidth"
+    )
     parser.add_argument("--out", type=Path, help="write the page there too")
-    arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser.parse_args(given)
     if reason := why_not_compiled_for(torch.device(arguments.device), torch.float32):
         print(f"bench_ops: {reason}", file=sys.stderr)
         return 2
+    bandwidth = json.loads(arguments.ceiling.read_text())["copy_gbs"] * 1e9 if arguments.ceiling else 0.0
     torch.set_default_device(arguments.device)
     sizes, load = Sizes(arguments.tokens, arguments.width, arguments.head), os.getloadavg()[0]
     page = [
         "# Compiled ops on " + ("CPU" if arguments.device == "cpu" else "a GPU"),
         "",
-        f"Command: `OMP_NUM_THREADS={torch.get_num_threads()} python tools/bench_ops.py --tokens {arguments.tokens} "
-        f"--width {arguments.width} --rounds {arguments.rounds} --steps {arguments.steps} "
-        f"--step-rounds {arguments.step_rounds}`",
+        f"Command: `OMP_NUM_THREADS={torch.get_num_threads()} python tools/bench_ops.py {shlex.join(given)}`",
         "",
         f"{cpu_name()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, ops for {instruction_set()}; load average at the start {load:.2f}. "
         f"{arguments.tokens:,} tokens x {arguments.width:,}; times and ratios are least / median of {arguments.rounds} "
         "interleaved rounds.",
         "",
-        *time_ops(sizes, arguments.rounds, arguments.device, arguments.only),
+        *time_ops(sizes, arguments.rounds, arguments.device, arguments.only, bandwidth),
     ]
     if arguments.steps:
         page += [

@@ -212,10 +212,8 @@ def serve(name: str, dtype: str, ops: str, device: str, shape: Shape, orders: Co
 
 @contextmanager
 def contenders(arguments: argparse.Namespace, shape: Shape) -> Iterator[dict[str, Contender]]:
-    """Every contender's process, ready."""
-    names = ["megavid", *KINDS[arguments.dtype]]
-    if arguments.only:
-        names = [name for name in names if name in arguments.only]
+    """The process of megavid, which the others are compared with, and of every peer that is asked for, ready."""
+    names = ["megavid", *(name for name in KINDS[arguments.dtype] if arguments.only is None or name in arguments.only)]
     spawn, found, processes = multiprocessing.get_context("spawn"), {}, []
     for name in names:
         mine, theirs = spawn.Pipe()
@@ -237,14 +235,16 @@ def contenders(arguments: argparse.Namespace, shape: Shape) -> Iterator[dict[str
 
 
 def warm_up(steps: dict[str, Contender], is_profiled: bool) -> dict[str, Any]:
-    """First steps of each, and if asked what ``parts_of`` says of one more; one that fails is taken out."""
+    """First steps of each, and if asked what ``parts_of`` says of one more; a peer that fails is taken out."""
     profiled = {}
     for name, ask in list(steps.items()):
         try:
             seconds = [ask("step") for _ in range(WARM_STEPS)]
             if is_profiled:
                 profiled[name] = ask("profile")
-        except EOFError:
+        except (EOFError, ConnectionError):
+            if name == "megavid":
+                raise SystemExit("bench_peer: megavid failed (above): nothing to compare the others with") from None
             del steps[name]
             print(f"bench_peer: {name} failed (above)", file=sys.stderr, flush=True)
             continue
@@ -316,11 +316,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", default="compiled", help="train.ops (default %(default)s)")
     parser.add_argument("--no-profile", action="store_true", help="leave out the step under the profiler")
     parser.add_argument("--operators", type=int, default=0, help="print so many of megavid's largest other operators")
-    parser.add_argument("--only", nargs="*", help="contenders to run, by their names")
+    parser.add_argument("--only", nargs="*", help="peers to run, by their names (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args(argv)
     if arguments.ops == "compiled" and (reason := why_not_compiled()):
         print(f"bench_peer: {reason}", file=sys.stderr)
+        return 2
+    if unknown := sorted(set(arguments.only or ()) - {"megavid", *KINDS[arguments.dtype]}):
+        known = ", ".join(repr(name) for name in KINDS[arguments.dtype])
+        print(f"bench_peer: --only {unknown[0]!r} is no peer in {arguments.dtype}; there are {known}", file=sys.stderr)
         return 2
     shape, load = Shape(tuple(arguments.grid), arguments.layers), os.getloadavg()[0]
     until = time.perf_counter() + arguments.budget

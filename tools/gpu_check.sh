@@ -55,7 +55,7 @@ else
 fi
 step tests "$python" -m pytest -q tests/gpu
 step ceiling "$python" tools/gpu_check.py ceiling --device $device --json "$out/ceiling.json"
-step ops "$python" tools/bench_ops.py --device $device "${ops[@]}" --steps 0
+step ops "$python" tools/bench_ops.py --device $device --ceiling "$out/ceiling.json" "${ops[@]}" --steps 0
 for choice in reference compiled; do
   step "dense_$choice" "$python" tools/gpu_check.py step "${dense[@]}" --device $device --ops $choice \
     --ceiling "$out/ceiling.json" --json "$out/step_dense_$choice.json"

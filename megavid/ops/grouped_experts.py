@@ -86,7 +86,7 @@ def grouped_experts(
     out_SD = _linear(weighted_SM, weights.down_eDM, rows, scalings.down)
     if weights.down_bias_eD is None:
         return out_SD
-    return _add_bias(out_SD, weights.down_bias_eD, probability_S, rows, first_column)
+    return _add_bias(out_SD, weights.down_bias_eD, probability_S, rows.expert_S, first_column)
 
 
 def _hidden(
@@ -98,17 +98,31 @@ def _hidden(
     scalings: "ExpertScalings",
 ) -> Tensor:
     """Hidden activations times the gate; nothing that autograd does not keep outlives the call."""
-    if activate is not None:
-        up_SM = _linear(x_SD, weights.up_eMD, rows, scalings.up)
-        gate_SM = None if weights.gate_eMD is None else _linear(x_SD, weights.gate_eMD, rows, scalings.gate)
-        return activate(up_SM, gate_SM, weights.up_bias_eM, weights.gate_bias_eM, rows.expert_S, probability_S)
-    up_SM = _biased(_linear(x_SD, weights.up_eMD, rows, scalings.up), weights.up_bias_eM, rows)
-    if weights.gate_eMD is None:
+    return (activate or activate_plainly)(
+        _linear(x_SD, weights.up_eMD, rows, scalings.up),
+        None if weights.gate_eMD is None else _linear(x_SD, weights.gate_eMD, rows, scalings.gate),
+        weights.up_bias_eM,
+        weights.gate_bias_eM,
+        rows.expert_S,
+        probability_S,
+    )
+
+
+def activate_plainly(
+    up_SM: Tensor,
+    gate_SM: Tensor | None,
+    up_bias_eM: Tensor | None,
+    gate_bias_eM: Tensor | None,
+    expert_S: Tensor,
+    probability_S: Tensor,
+) -> Tensor:
+    """``megavid.ops.expert_activation``, bias by bias in plain torch: what ``train.ops = "reference"`` runs."""
+    dtype, up_SM = up_SM.dtype, _biased(up_SM, up_bias_eM, expert_S)
+    if gate_SM is None:
         hidden_SM = torch.nn.functional.gelu(up_SM, approximate="tanh")
     else:
-        gate_SM = _biased(_linear(x_SD, weights.gate_eMD, rows, scalings.gate), weights.gate_bias_eM, rows)
-        hidden_SM = torch.nn.functional.silu(gate_SM) * up_SM
-    return (hidden_SM * probability_S.unsqueeze(-1)).to(x_SD.dtype)
+        hidden_SM = torch.nn.functional.silu(_biased(gate_SM, gate_bias_eM, expert_S)) * up_SM
+    return (hidden_SM * probability_S.unsqueeze(-1)).to(dtype)
 
 
 def grouped_experts_reference(
@@ -172,15 +186,13 @@ def _is_groupable(x_SI: Tensor, weight_eOI: Tensor) -> bool:
     return x_SI.dtype in GROUPED_DTYPES and is_aligned and x_SI.shape[0] > 0
 
 
-def _biased(x_SM: Tensor, bias_eM: Tensor | None, rows: _Rows) -> Tensor:
-    if bias_eM is None:
-        return x_SM
-    return _add_bias(x_SM, bias_eM, None, rows, 0)
+def _biased(x_SM: Tensor, bias_eM: Tensor | None, expert_S: Tensor) -> Tensor:
+    return x_SM if bias_eM is None else _add_bias(x_SM, bias_eM, None, expert_S, 0)
 
 
-def _add_bias(x_SM: Tensor, bias_em: Tensor, factor_S: Tensor | None, rows: _Rows, first: int) -> Tensor:
+def _add_bias(x_SM: Tensor, bias_em: Tensor, factor_S: Tensor | None, expert_S: Tensor, first: int) -> Tensor:
     out: Tensor = _AddBiasOfExpert.apply(  # type: ignore[no-untyped-call]
-        x_SM, bias_em, factor_S, rows.expert_S, first
+        x_SM, bias_em, factor_S, expert_S, first
     )
     return out
 
