@@ -1,19 +1,15 @@
 """Weights in eight bits: e4m3 with one scale for each row of a matrix; activations stay as they are.
 
-Owns the format and the two layers that hold it. A scale is a power of two, so that turning a weight back is exact in
-bf16 and fp32, and what is lost is the rounding to e4m3 alone: 2^-4 of the weight at most, or 2^-10 of the row's scale
-where the weight is tiny. The bits are kept as uint8, which no ``.to(dtype)`` of a whole model turns into something
-else.
+Owns the format and the layer that holds it; the rounding is ``megavid.ops.fp8``'s. A scale is a power of two, so that
+turning a weight back is exact in bf16 and fp32, and what is lost is the rounding to e4m3 alone: 2^-4 of the weight at
+most, or 2^-10 of the row's scale where the weight is tiny. The bits are kept as uint8, which no ``.to(dtype)`` of a
+whole model turns into something else.
 """
 
 import torch
 from torch import Tensor, nn
 
-E4M3_MAX = 448.0
-RELATIVE_ERROR = 2.0**-4
-"""Largest error of a weight, relative to itself; three mantissa bits."""
-ABSOLUTE_ERROR = 2.0**-10
-"""Largest error of a weight too small for that, in units of its row's scale; half of e4m3's smallest number."""
+from megavid.ops.fp8 import E4M3, quantize_tiles
 
 
 def quantize_rows(weight_xI: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,15 +21,13 @@ def quantize_rows(weight_xI: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Bits of e4m3, uint8, same shape; and the scale of each row, a power of two, fp32.
     """
-    wide = weight_xI.float()
-    _, exponent = torch.frexp(wide.abs().amax(-1) / E4M3_MAX)
-    scale = torch.ldexp(torch.ones_like(wide[..., 0]), exponent)
-    return (wide / scale.unsqueeze(-1)).to(torch.float8_e4m3fn).view(torch.uint8), scale
+    rounded = quantize_tiles(weight_xI.float(), (1, weight_xI.shape[-1]), E4M3)
+    return rounded.data.view(torch.uint8), rounded.scale.squeeze(-1)
 
 
 def dequantize_rows(bits_xI: Tensor, scale_x: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights that the bits stand for, in ``dtype``; exact in bf16 and wider."""
-    return bits_xI.view(torch.float8_e4m3fn).to(dtype) * scale_x.to(dtype).unsqueeze(-1)
+    return bits_xI.view(E4M3).to(dtype) * scale_x.to(dtype).unsqueeze(-1)
 
 
 class Fp8Linear(nn.Module):

@@ -50,13 +50,29 @@ class Recipe:
         """Format of an operand."""
         return self.gradient_dtype if role == "gradient" else E4M3
 
-    def quantize(self, x: Tensor, role: Role, scale: Tensor | None) -> Quantized:
-        """``x`` [..., rows, columns] in eight bits, for a product that sums over its columns."""
-        if scale is not None:
-            return quantize(x, scale, self.dtype(role))
+    def tile(self, role: Role) -> tuple[int, int] | None:
+        """Rows and columns of an operand that share a scale; None for one scale in all."""
+        if not self.has_tiles:
+            return None
         if self.name == "mxfp8":
-            return quantize_tiles(x, (1, 32), self.dtype(role), scale_dtype=E8M0)
-        return quantize_tiles(x, (128, 128) if role == "weight" else (1, 128), self.dtype(role))
+            return (1, 32)
+        return (128, 128) if role == "weight" else (1, 128)
+
+    def quantize(self, x: Tensor, role: Role, scale: Tensor | None) -> Quantized:
+        """``x`` [..., rows, columns] in eight bits, for a product that sums over its columns.
+
+        Args:
+            x: the operand.
+            role: which one it is.
+            scale: of the whole tensor; None where tiles have their own.
+        """
+        tile = self.tile(role)
+        if tile is None:
+            assert scale is not None, f"{self.name}: one scale serves the whole tensor"
+            return quantize(x, scale, self.dtype(role))
+        assert scale is None, f"{self.name}: tiles have their own scales"
+        scale_dtype = E8M0 if self.name == "mxfp8" else torch.float32
+        return quantize_tiles(x, tile, self.dtype(role), scale_dtype=scale_dtype)
 
 
 class Scaling(Protocol):
@@ -109,7 +125,6 @@ class _Kept(NamedTuple):
 
     sizes: list[int]
     scaling: Scaling
-    has_scales: bool
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -123,9 +138,9 @@ class _Fp8Linear(torch.autograd.Function):
         weight8 = recipe.quantize(weight_eOI, "weight", scales["weight"])
         scaling.watch("input", x_SI, x8)
         scaling.watch("weight", weight_eOI, weight8)
-        ctx.kept = _Kept(sizes, scaling, scales["input"] is not None)
+        ctx.kept = _Kept(sizes, scaling)
         if ctx.needs_input_grad[1]:
-            x8_along_tokens = [x8.t] if ctx.kept.has_scales else _along_tokens(recipe, x_SI, sizes, "input")
+            x8_along_tokens = _along_tokens(recipe, x_SI, sizes, "input") if recipe.has_tiles else [x8.t]
             parts = [tensor for part in x8_along_tokens for tensor in (part.data, part.scale)]
         else:
             parts = []
@@ -136,7 +151,7 @@ class _Fp8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:
         weight_eOI, weight_scale, *parts = ctx.saved_tensors
-        sizes, scaling, has_scales = ctx.kept
+        sizes, scaling = ctx.kept
         recipe = scaling.recipe
         (scale,) = scaling.scales({"gradient": grad_SO}, is_training=True).values()
         grad8 = recipe.quantize(grad_SO, "gradient", scale)
@@ -146,13 +161,12 @@ class _Fp8Linear(torch.autograd.Function):
             weight8 = recipe.quantize(weight_eOI.transpose(-1, -2), "weight", weight_scale)
             grad_x = _by_expert(grad8, weight8, sizes, grad_SO.dtype)
         if ctx.needs_input_grad[1]:
-            if has_scales:
+            if recipe.has_tiles:
+                x8 = [Quantized(data, scale, recipe.tile("input")) for data, scale in zip(parts[::2], parts[1::2])]
+                gradients = _along_tokens(recipe, grad_SO, sizes, "gradient")
+            else:
                 x8 = _columns(Quantized(*parts), sizes)
                 gradients = _columns(grad8.t, sizes)
-            else:
-                tile = (1, 32) if recipe.name == "mxfp8" else (1, 128)
-                x8 = [Quantized(data, scale, tile) for data, scale in zip(parts[::2], parts[1::2])]
-                gradients = _along_tokens(recipe, grad_SO, sizes, "gradient")
             pairs = zip(gradients, x8, strict=True)
             grad_weight = torch.stack([scaled_matmul(gradient, x, weight_eOI.dtype) for gradient, x in pairs])
         return grad_x, grad_weight, None, None, None

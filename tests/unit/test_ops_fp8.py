@@ -22,7 +22,7 @@ from megavid.ops.fp8 import (
     scaled_matmul,
     scaled_matmul_reference,
 )
-from megavid.ops.fp8_linear import Recipe, RecipeName, Role, fp8_grouped_linear, fp8_linear
+from megavid.ops.fp8_linear import ROLES, Recipe, RecipeName, Role, fp8_grouped_linear, fp8_linear
 from megavid.ops.grouped_experts import ExpertScalings, ExpertWeights, grouped_experts
 
 RECIPES: tuple[RecipeName, ...] = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -150,6 +150,15 @@ def test_products_refuse_what_no_device_can_multiply() -> None:
         scaled_matmul(a, b, torch.float32)
     with pytest.raises(ValueError, match="one width, got 32 and 16"):
         scaled_matmul(a, rounded(rough(4, 16), "tensor"), torch.float32)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_one_scale_or_has_tiles(name: RecipeName) -> None:
+    recipe, x, one = Recipe.of(name, "auto"), torch.ones(4, 64), torch.ones(())
+    for role in ROLES:
+        assert recipe.quantize(x, role, None if recipe.has_tiles else one).tile == recipe.tile(role)
+        with pytest.raises(AssertionError):
+            recipe.quantize(x, role, one if recipe.has_tiles else None)
 
 
 @pytest.mark.parametrize("gradients", ["auto", "e4m3", "e5m2"])
