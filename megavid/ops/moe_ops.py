@@ -67,23 +67,7 @@ class MoEOps:
     permutation: Permutation | None = None
 
 
-def _router_topk(
-    scores_TE: Tensor,
-    bias_E: Tensor | None,
-    bucket_T: Tensor,
-    *,
-    num_buckets: int,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    scale: float,
-) -> Choice:
-    return Choice(
-        *router_topk_reference(scores_TE, bias_E, bucket_T, num_buckets, top_k, num_groups, top_groups, scale)
-    )
-
-
-REFERENCE_MOE = MoEOps(_router_topk)
+REFERENCE_MOE = MoEOps(router_topk_reference)
 
 
 def _back(x_SD: Tensor, rows: Rows) -> Tensor:

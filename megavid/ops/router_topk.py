@@ -60,8 +60,8 @@ def router_topk_reference(
     num_groups: int,
     top_groups: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of ``Choice``, from ``megavid.ops.moe_math`` in plain torch.
+) -> Choice:
+    """What the scores choose, from ``megavid.ops.moe_math`` in plain torch.
 
     Args:
         scores_TE: scores of each token, all finite.
@@ -82,7 +82,7 @@ def router_topk_reference(
     gates_TK = moe_math.gates_of(scores_TE, ids_TK) * scale
     probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, gates_TK)
     belongs_QT = (bucket_T == torch.arange(num_buckets, device=bucket_T.device).unsqueeze(1)).float()
-    return torch.where(map_TE, probs_TE, 0.0), map_TE, belongs_QT @ map_TE.float()
+    return Choice(torch.where(map_TE, probs_TE, 0.0), map_TE, belongs_QT @ map_TE.float())
 
 
 def router_topk_backward_reference(
