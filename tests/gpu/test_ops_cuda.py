@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.test_ops_compiled import OPS, SIZES, gradients, make, operator, outputs, widened
+from tests.unit.test_ops_compiled import OPS, SIZES, gradients, learnt, leaves_of, make, operator, widened
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
@@ -18,19 +17,14 @@ def on_gpu(given: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.cuda() if isinstance(value, Tensor) else value for value in given)
 
 
-def first(function: Callable[..., Any], op: str) -> Callable[..., Any]:
-    learnt = 2 if op in ("gated_residual_norm", "residual_norm") else 1
-    return lambda *args: outputs(function(*args))[:learnt]
-
-
 @pytest.mark.parametrize(("tokens", "rows", "width"), [*SIZES, (3000, 5, 1536), (500, 21, 5120)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", OPS)
 def test_cuda_is_as_near_as_the_reference(op: str, dtype: torch.dtype, tokens: int, rows: int, width: int) -> None:
     reference, _, given = make(op, tokens, rows, width, dtype)
-    exact = gradients(first(reference, op), widened(given), torch.float64)
-    plain = gradients(first(reference, op), given, dtype)
-    fast = gradients(first(operator(op), op), on_gpu(given), dtype)
+    exact = gradients(learnt(op, reference), widened(given), torch.float64)
+    plain = gradients(learnt(op, reference), given, dtype)
+    fast = gradients(learnt(op, operator(op)), on_gpu(given), dtype)
     for number, (want, near, got) in enumerate(zip(exact, plain, fast, strict=True)):
         if got is None or not want.numel():
             continue  # angles take no gradient
@@ -43,10 +37,10 @@ def test_cuda_is_as_near_as_the_reference(op: str, dtype: torch.dtype, tokens: i
 @pytest.mark.parametrize("op", OPS)
 def test_sums_are_the_same_every_time_and_on_any_stream(op: str) -> None:
     given = on_gpu(make(op, 3000, 7, 384, torch.bfloat16)[2])
-    once = gradients(first(operator(op), op), given, torch.bfloat16)
+    once = gradients(learnt(op, operator(op)), given, torch.bfloat16)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        again = gradients(first(operator(op), op), given, torch.bfloat16)
+        again = gradients(learnt(op, operator(op)), given, torch.bfloat16)
         torch.cuda.current_stream().synchronize()
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
@@ -54,16 +48,12 @@ def test_sums_are_the_same_every_time_and_on_any_stream(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_operators_are_registered_as_torch_wants_them(op: str) -> None:
     given = on_gpu(make(op, 9, 2, 12, torch.float32)[2])
-    is_leaf = [isinstance(value, Tensor) and value.is_floating_point() for value in given]
-    if op == "norm_rope":
-        is_leaf[3] = is_leaf[4] = False
-    args = tuple(value.requires_grad_() if leaf else value for value, leaf in zip(given, is_leaf, strict=True))
-    torch.library.opcheck(operator(op).default, args)
+    torch.library.opcheck(operator(op).default, tuple(leaves_of(op, given)))
 
 
 def test_nothing_waits_for_the_device() -> None:
     given = on_gpu(make("gated_residual_norm", 64, 2, 96, torch.bfloat16)[2])
-    gradients(first(operator("gated_residual_norm"), "gated_residual_norm"), given, torch.bfloat16)
+    gradients(learnt("gated_residual_norm", operator("gated_residual_norm")), given, torch.bfloat16)
     leaves = [v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
     torch.cuda.set_sync_debug_mode("error")
     try:

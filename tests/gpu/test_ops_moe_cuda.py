@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from megavid.ops import router_topk
 from tests.gpu.test_ops_cuda import on_gpu
@@ -49,13 +50,19 @@ def test_the_choice_is_the_references_with_ties_too(groups: int, top_groups: int
     assert torch.equal(counts, fast_counts.cpu())
 
 
-def test_nothing_waits_for_the_device() -> None:
-    for op in OPS:
-        _, operator, given = make(op, 64, 8, 96, torch.bfloat16)
-        on_device = on_gpu(given)
-        operator(*on_device)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            operator(*on_device)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_waits_for_the_device(op: str) -> None:
+    _, operator, given = make(op, 64, 8, 96, torch.bfloat16)
+    leaves = [v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in on_gpu(given)]
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+    def both_passes() -> None:
+        found = learnt(op, operator)(*leaves)
+        torch.autograd.grad(found, inputs, [torch.ones_like(out) for out in found], allow_unused=True)
+
+    both_passes()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both_passes()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -86,47 +86,58 @@ def widened(given: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given)
 
 
+def leaves_of(op: str, given: tuple[Any, ...]) -> list[Any]:
+    """The arguments, those that take a gradient as leaves."""
+    fixed = (3, 4) if op == "norm_rope" else ()  # its angles
+    return [
+        value.detach().requires_grad_(number not in fixed)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for number, value in enumerate(given)
+    ]
+
+
+def learnt(op: str, function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    """The outputs of ``op`` that carry a gradient."""
+    count = 2 if op in ("gated_residual_norm", "residual_norm") else 1
+    return lambda *args: outputs(function(*args))[:count]
+
+
+def written_out(op: str, given: tuple[Any, ...], grads: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of the arguments of an op, of the reference that the op's own gradient is compared with."""
+    reference, backward, _ = make(op, 1, 1, HEAD, torch.float64)
+    kept = outputs(reference(*given))
+    if op in ("modulated_norm", "rms"):
+        x, _, scale, row, _, is_centered = given
+        return [*backward(grads[0], x, scale, row, *kept[1:], is_centered)]
+    if op == "gated_residual":
+        return [grads[0], *backward(grads[0], *given[1:])]
+    if op in ("sum_of_squares", "norm_rope"):
+        return outputs(backward(grads[0], *given))
+    _, update, gate, gate_row, _, scale, row, _, is_centered = given
+    found = backward(*grads, kept[0], update, gate, gate_row, scale, row, *kept[2:], is_centered)
+    grad_x, grad_update, grad_gate, grad_shift, grad_scale = found
+    first = [grad_x, grad_x, None] if gate is None else [grad_x, grad_update, grad_gate]
+    return [*first, None, grad_shift, grad_scale]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_written_out_gradient_is_that_of_autograd(op: str) -> None:
-    reference, backward, given = make(op, 5, 2, 6, torch.float64)
-
-    class Written(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            ctx.inputs, ctx.out = inputs, outputs(reference(*inputs))
-            return tuple(ctx.out) if len(ctx.out) > 1 else ctx.out[0]
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            given = ctx.inputs
-            if op in ("modulated_norm", "rms"):
-                x, _, scale, row, _, centered = given
-                return (*backward(grads[0], x, scale, row, *ctx.out[1:], centered), None, None, None)
-            if op == "gated_residual":
-                return (grads[0], *backward(grads[0], *given[1:]), None)
-            if op == "sum_of_squares":
-                return backward(grads[0], given[0])
-            if op == "norm_rope":
-                return (*backward(grads[0], *given), None, None, None, None)
-            _, update, gate, gate_row, _, scale, row, _, centered = given
-            found = backward(grads[0], grads[1], ctx.out[0], update, gate, gate_row, scale, row, *ctx.out[2:], centered)
-            grad_x, grad_update, grad_gate, grad_shift, grad_scale = found
-            first = (grad_x, grad_x, None) if gate is None else (grad_x, grad_update, grad_gate)
-            return (*first, None, grad_shift, grad_scale, None, None, None)
-
-    learnt = 2 if op in ("gated_residual_norm", "residual_norm") else 1
-    leaves = [v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
-    if op == "norm_rope":  # angles take no gradient
-        leaves[3], leaves[4] = leaves[3].detach(), leaves[4].detach()
-    assert torch.autograd.gradcheck(lambda *args: outputs(Written.apply(*args))[:learnt], leaves)
-    expected = gradients(lambda *args: outputs(reference(*args))[:learnt], given, torch.float64)
-    assert len(expected) > learnt
+    reference, _, given = make(op, 5, 2, 6, torch.float64)
+    leaves = leaves_of(op, given)
+    found = learnt(op, reference)(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(out.shape, generator=generator, dtype=out.dtype) for out in found]
+    inputs = {n: leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
+    expected = torch.autograd.grad(found, list(inputs.values()), grads)
+    mine = written_out(op, given, grads)
+    for number, want in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(mine[number], want, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_are_asked_for_where_the_outputs_are() -> None:
-    reference, _, given = make("gated_residual", 5, 2, 6, torch.float32)
-    elsewhere = tuple(v.to("meta") for v in given)
-    assert {found.device.type for found in gradients(reference, elsewhere, torch.float32)} == {"meta"}
+    found = gradients(lambda x: x * 2, (torch.zeros(3, device="meta"),), torch.float32)
+    assert {tensor.device.type for tensor in found} == {"meta"}
 
 
 @needs_compiled
@@ -135,14 +146,9 @@ def test_gradients_are_asked_for_where_the_outputs_are() -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_compiled_is_as_near_as_the_reference(op: str, dtype: torch.dtype, tokens: int, rows: int, width: int) -> None:
     reference, _, given = make(op, tokens, rows, width, dtype)
-    learnt = 2 if op in ("gated_residual_norm", "residual_norm") else 1
-
-    def first(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: outputs(function(*args))[:learnt]
-
-    exact = gradients(first(reference), widened(given), torch.float64)
-    plain = gradients(first(reference), given, dtype)
-    fast = gradients(first(operator(op)), given, dtype)
+    exact = gradients(learnt(op, reference), widened(given), torch.float64)
+    plain = gradients(learnt(op, reference), given, dtype)
+    fast = gradients(learnt(op, operator(op)), given, dtype)
     assert len(fast) == len(plain) == len(exact)
     for number, (want, near, got) in enumerate(zip(exact, plain, fast)):
         if want is None or (got is None and op == "norm_rope"):
@@ -158,41 +164,51 @@ def test_compiled_is_as_near_as_the_reference(op: str, dtype: torch.dtype, token
 @pytest.mark.parametrize("op", OPS)
 def test_operators_are_registered_as_torch_wants_them(op: str) -> None:
     _, _, given = make(op, 9, 2, 12, torch.float32)
-    is_leaf = [isinstance(v, Tensor) and v.is_floating_point() for v in given]
-    if op == "norm_rope":
-        is_leaf[3] = is_leaf[4] = False
-    args = tuple(v.requires_grad_() if leaf else v for v, leaf in zip(given, is_leaf))
-    torch.library.opcheck(operator(op).default, args)
+    torch.library.opcheck(operator(op).default, tuple(leaves_of(op, given)))
 
 
-@needs_compiled
-def test_sums_do_not_depend_on_threads() -> None:
-    _, _, given = make("gated_residual_norm", 1000, 3, 64, torch.float32)
+def same(these: list[Tensor], those: list[Tensor]) -> bool:
+    """Whether all of them are equal bit for bit, or absent in both."""
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+def in_threads(count: int, call: Callable[[], list[Tensor]]) -> list[Tensor]:
     before = torch.get_num_threads()
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(gradients(lambda *args: outputs(operator("gated_residual_norm")(*args))[:2], given, torch.float32))
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+    torch.set_num_threads(count)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+def apart(value: Any) -> Any:
+    """The same numbers with others between them; those of a row stay neighbours, as the ops for q and k ask."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 1:
+        return torch.stack((value, value), dim=-1)[:, 0]
+    return torch.cat((value, value), dim=-1)[:, : value.shape[1]]
 
 
 @needs_compiled
-def test_strided_inputs_are_read_as_they_are() -> None:
-    _, _, given = make("norm_rope", 11, 1, 24, torch.float32)
-    wide = torch.cat((given[0], given[0] * 2, given[0] * 3), dim=-1)
-    middle = wide.chunk(3, dim=-1)[1]
-    assert not middle.is_contiguous()
-    assert torch.equal(
-        operator("norm_rope")(middle, *given[1:]), operator("norm_rope")(middle.contiguous(), *given[1:])
+@pytest.mark.parametrize("op", OPS)
+def test_sums_do_not_depend_on_threads(op: str) -> None:
+    _, _, given = make(op, 1000, 3, 64, torch.float32)
+    alone, *others = (
+        in_threads(count, lambda: gradients(learnt(op, operator(op)), given, torch.float32)) for count in (1, 2, 3)
     )
-    _, _, given = make("modulated_norm", 12, 1, 24, torch.float32)
-    every_second = given[0][::2]
-    row = given[3][::2]
-    strided = operator("modulated_norm")(every_second, *given[1:3], row, *given[4:])[0]
-    assert torch.equal(
-        strided, operator("modulated_norm")(every_second.clone(), *given[1:3], row.clone(), *given[4:])[0]
-    )
+    assert all(same(alone, other) for other in others)
+
+
+@needs_compiled
+@pytest.mark.parametrize("op", OPS)
+def test_strided_inputs_are_read_as_they_are(op: str) -> None:
+    _, _, given = make(op, 11, 3, 24, torch.float32)
+    strided = tuple(apart(value) for value in given)
+    assert not strided[0].is_contiguous()
+    assert same(outputs(operator(op)(*strided)), outputs(operator(op)(*given)))
+    one, other = (gradients(learnt(op, operator(op)), args, torch.float32) for args in (strided, given))
+    assert same(one, other)
 
 
 @needs_compiled

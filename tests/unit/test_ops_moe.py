@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megavid.ops import expert_activation, moe_permute, router_topk
 from megavid.ops.compiled import why_not_compiled
-from tests.unit.test_ops_compiled import gradients, outputs, widened
+from tests.unit.test_ops_compiled import gradients, in_threads, outputs, same, widened
 
 SIZES = [(1, 1, 8), (7, 3, 34), (200, 8, 96), (130, 12, 18), (0, 2, 16)]
 """Tokens, experts, width."""
@@ -82,9 +82,9 @@ def written_out(op: str, given: tuple[Any, ...], grads: list[Tensor]) -> list[Te
 @pytest.mark.parametrize("op", OPS)
 def test_written_out_gradient_is_that_of_autograd(op: str) -> None:
     reference, _, given = make(op, 6, 8, 5, torch.float64)
-    with_gradient = {1} if op.startswith("router") else set()  # the bias only selects
+    fixed = {1} if op.startswith("router") else set()  # the bias only selects
     leaves = [
-        v.clone().requires_grad_(number not in with_gradient) if isinstance(v, Tensor) and v.is_floating_point() else v
+        v.clone().requires_grad_(number not in fixed) if isinstance(v, Tensor) and v.is_floating_point() else v
         for number, v in enumerate(given)
     ]
     found = learnt(op, reference)(*leaves)
@@ -151,17 +151,14 @@ def test_the_choice_is_the_references_with_ties_too(levels: int, groups: int, to
 
 
 @needs_compiled
-def test_rows_and_sums_do_not_depend_on_threads() -> None:
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        for op in ("swiglu, biases", "permute", "unpermute, weighted", "router"):
-            _, operator, given = make(op, 3000, 8, 24, torch.float32)
-            found.append((op, [*gradients(learnt(op, operator), given, torch.float32), *outputs(operator(*given))]))
-    torch.set_num_threads(before)
-    for op, tensors in found:
-        first = next(others for other, others in found if other == op)
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(tensors, first)), op
+@pytest.mark.parametrize("op", OPS)
+def test_rows_and_sums_do_not_depend_on_threads(op: str) -> None:
+    _, operator, given = make(op, 3000, 8, 24, torch.float32)
+    alone, *others = (
+        in_threads(count, lambda: [*gradients(learnt(op, operator), given, torch.float32), *outputs(operator(*given))])
+        for count in (1, 2, 3)
+    )
+    assert all(same(alone, other) for other in others)
 
 
 @needs_compiled
@@ -176,17 +173,14 @@ def test_permuted_rows_come_back_as_they_were() -> None:
 
 
 @needs_compiled
-@pytest.mark.parametrize("op", ["swiglu, biases", "permute", "unpermute, weighted", "router"])
+@pytest.mark.parametrize("op", OPS)
 def test_strided_inputs_are_read_as_they_are(op: str) -> None:
     _, operator, given = make(op, 30, 8, 24, torch.float32)
-    strided = [
-        torch.stack((v, v), dim=-1)[..., 0] if isinstance(v, Tensor) and v.is_floating_point() else v for v in given
-    ]
+    strided = tuple(torch.stack((v, v), dim=-1)[..., 0] if isinstance(v, Tensor) else v for v in given)
     assert not strided[0].is_contiguous()
-    for one, other in zip(outputs(operator(*strided)), outputs(operator(*given))):
-        assert torch.equal(one, other)
-    one, other = (gradients(learnt(op, operator), tuple(args), torch.float32) for args in (strided, given))
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, other))
+    assert same(outputs(operator(*strided)), outputs(operator(*given)))
+    one, other = (gradients(learnt(op, operator), args, torch.float32) for args in (strided, given))
+    assert same(one, other)
 
 
 @needs_compiled
