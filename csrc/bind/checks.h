@@ -87,6 +87,17 @@ inline ModulatedNorm norm_job(const Tensor& x, const Tensor& scale, const Tensor
   return job;
 }
 
+inline GatedResidual gate_job(const Tensor& update, const Tensor& gate, const Tensor& row) {
+  GatedResidual job{};
+  job.update = update.const_data_ptr();
+  job.gate = gate.const_data_ptr<float>();
+  job.row = row.const_data_ptr<int64_t>();
+  job.rows = gate.size(0);
+  job.width = update.size(1);
+  job.is_bf16 = update.scalar_type() == at::kBFloat16;
+  return job;
+}
+
 inline SumOfSquares squares_job(const Tensor& x) {
   SumOfSquares job{};
   job.x = x.const_data_ptr();

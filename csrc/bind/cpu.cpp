@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -14,6 +13,7 @@
 #include "../cpu/kernels.h"
 #include "checks.h"
 #include "isa.h"
+#include "register.h"
 #include "runs.h"
 
 namespace megavid {
@@ -146,14 +146,9 @@ Tensor gated_residual(const Tensor& x_, const Tensor& update_, const Tensor& gat
   const Tensor x = x_.contiguous(), update = update_.contiguous(), gate = gate_.contiguous(), row = row_.contiguous();
   check_rows_in_range("gated_residual", row, gate.size(0));
   Tensor y = at::empty_like(x);
-  GatedResidual job{};
+  GatedResidual job = gate_job(update, gate, row);
   job.x = x.const_data_ptr();
-  job.update = update.const_data_ptr();
-  job.gate = gate.const_data_ptr<float>();
-  job.row = row.const_data_ptr<int64_t>();
   job.y = y.mutable_data_ptr();
-  job.width = x.size(1);
-  job.is_bf16 = x.scalar_type() == at::kBFloat16;
   at::parallel_for(0, x.size(0), kGrain, [&](int64_t begin, int64_t end) {
     MEGAVID_CALL(megavid_gated_residual_forward, job, begin, end);
   });
@@ -169,16 +164,11 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad_y_, const 
   const std::vector<int64_t> starts = run_starts(row, row);
   const int64_t runs = static_cast<int64_t>(starts.size()) - 1;
   Tensor grad_update = at::empty_like(update), run_gate = at::empty({runs, update.size(1)}, gate.options());
-  GatedResidual job{};
-  job.update = update.const_data_ptr();
-  job.gate = gate.const_data_ptr<float>();
-  job.row = row.const_data_ptr<int64_t>();
+  GatedResidual job = gate_job(update, gate, row);
   job.grad_y = grad_y.const_data_ptr();
   job.grad_update = grad_update.mutable_data_ptr();
   job.run_start = starts.data();
   job.run_gate = run_gate.mutable_data_ptr<float>();
-  job.width = update.size(1);
-  job.is_bf16 = update.scalar_type() == at::kBFloat16;
   at::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
     MEGAVID_CALL(megavid_gated_residual_backward, job, begin, end);
   });
@@ -247,18 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_rope_backward(const Tensor& grad_y_, con
 }  // namespace
 }  // namespace megavid
 
-TORCH_LIBRARY_IMPL(megavid, CPU, m) {
-  m.impl("modulated_norm", &megavid::modulated_norm);
-  m.impl("modulated_norm_backward", &megavid::modulated_norm_backward);
-  m.impl("gated_residual_norm", &megavid::gated_residual_norm);
-  m.impl("gated_residual_norm_backward", &megavid::gated_residual_norm_backward);
-  m.impl("gated_residual", &megavid::gated_residual);
-  m.impl("gated_residual_backward", &megavid::gated_residual_backward);
-  m.impl("sum_of_squares", &megavid::sum_of_squares);
-  m.impl("sum_of_squares_backward", &megavid::sum_of_squares_backward);
-  m.impl("norm_rope", &megavid::norm_rope);
-  m.impl("norm_rope_backward", &megavid::norm_rope_backward);
-}
+TORCH_LIBRARY_IMPL(megavid, CPU, m) { MEGAVID_IMPL_BLOCKS(m) }
 
 // Of the library itself: they take no tensor, so no device either.
 TORCH_LIBRARY_IMPL(megavid, CompositeExplicitAutograd, m) {

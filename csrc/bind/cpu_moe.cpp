@@ -5,7 +5,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <cstring>
 #include <optional>
@@ -15,6 +14,7 @@
 #include "../cpu/kernels.h"
 #include "checks_moe.h"
 #include "isa.h"
+#include "register.h"
 #include "runs.h"
 
 namespace megavid {
@@ -262,13 +262,4 @@ Tensor router_topk_backward(const Tensor& grad_, const Tensor& scores_, const Te
 }  // namespace
 }  // namespace megavid
 
-TORCH_LIBRARY_IMPL(megavid, CPU, m) {
-  m.impl("expert_activation", &megavid::expert_activation);
-  m.impl("expert_activation_backward", &megavid::expert_activation_backward);
-  m.impl("moe_permute", &megavid::moe_permute);
-  m.impl("moe_permute_backward", &megavid::moe_permute_backward);
-  m.impl("moe_unpermute", &megavid::moe_unpermute);
-  m.impl("moe_unpermute_backward", &megavid::moe_unpermute_backward);
-  m.impl("router_topk", &megavid::router_topk);
-  m.impl("router_topk_backward", &megavid::router_topk_backward);
-}
+TORCH_LIBRARY_IMPL(megavid, CPU, m) { MEGAVID_IMPL_MOE(m) }

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -13,6 +12,7 @@
 #include "../cuda/kernels.h"
 #include "checks.h"
 #include "launch.h"
+#include "register.h"
 
 namespace megavid {
 namespace {
@@ -129,17 +129,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
           gate.defined() ? gates.sum(0) : at::empty({0}, scale.options()), shifts.sum(0), scales.sum(0)};
 }
 
-GatedResidual gate_job(const Tensor& update, const Tensor& gate, const Tensor& row) {
-  GatedResidual job{};
-  job.update = update.const_data_ptr();
-  job.gate = gate.const_data_ptr<float>();
-  job.row = row.const_data_ptr<int64_t>();
-  job.rows = gate.size(0);
-  job.width = update.size(1);
-  job.is_bf16 = update.scalar_type() == at::kBFloat16;
-  return job;
-}
-
 Tensor gated_residual(const Tensor& x_, const Tensor& update_, const Tensor& gate_, const Tensor& row_) {
   check_row_table("gated_residual", x_, "gate", gate_, "row", row_);
   check_like("gated_residual", "update", update_, x_);
@@ -228,15 +217,4 @@ std::tuple<Tensor, Tensor, Tensor> norm_rope_backward(const Tensor& grad_y_, con
 }  // namespace
 }  // namespace megavid
 
-TORCH_LIBRARY_IMPL(megavid, CUDA, m) {
-  m.impl("modulated_norm", &megavid::modulated_norm);
-  m.impl("modulated_norm_backward", &megavid::modulated_norm_backward);
-  m.impl("gated_residual_norm", &megavid::gated_residual_norm);
-  m.impl("gated_residual_norm_backward", &megavid::gated_residual_norm_backward);
-  m.impl("gated_residual", &megavid::gated_residual);
-  m.impl("gated_residual_backward", &megavid::gated_residual_backward);
-  m.impl("sum_of_squares", &megavid::sum_of_squares);
-  m.impl("sum_of_squares_backward", &megavid::sum_of_squares_backward);
-  m.impl("norm_rope", &megavid::norm_rope);
-  m.impl("norm_rope_backward", &megavid::norm_rope_backward);
-}
+TORCH_LIBRARY_IMPL(megavid, CUDA, m) { MEGAVID_IMPL_BLOCKS(m) }

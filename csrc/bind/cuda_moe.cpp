@@ -9,7 +9,6 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <optional>
 #include <tuple>
@@ -17,6 +16,7 @@
 #include "../cuda/kernels.h"
 #include "checks_moe.h"
 #include "launch.h"
+#include "register.h"
 
 namespace megavid {
 namespace {
@@ -215,13 +215,4 @@ Tensor router_topk_backward(const Tensor& grad_, const Tensor& scores_, const Te
 }  // namespace
 }  // namespace megavid
 
-TORCH_LIBRARY_IMPL(megavid, CUDA, m) {
-  m.impl("expert_activation", &megavid::expert_activation);
-  m.impl("expert_activation_backward", &megavid::expert_activation_backward);
-  m.impl("moe_permute", &megavid::moe_permute);
-  m.impl("moe_permute_backward", &megavid::moe_permute_backward);
-  m.impl("moe_unpermute", &megavid::moe_unpermute);
-  m.impl("moe_unpermute_backward", &megavid::moe_unpermute_backward);
-  m.impl("router_topk", &megavid::router_topk);
-  m.impl("router_topk_backward", &megavid::router_topk_backward);
-}
+TORCH_LIBRARY_IMPL(megavid, CUDA, m) { MEGAVID_IMPL_MOE(m) }

@@ -1,0 +1,22 @@
+// The ops that every device has, each with its backward pass: one list, so that no binding leaves one out.
+#pragma once
+
+#include <torch/library.h>
+
+// Of the functions megavid::NAME and megavid::NAME_backward of the file that this stands in.
+#define MEGAVID_IMPL(m, name)           \
+  m.impl(#name, &megavid::name);        \
+  m.impl(#name "_backward", &megavid::name##_backward);
+
+#define MEGAVID_IMPL_BLOCKS(m) \
+  MEGAVID_IMPL(m, modulated_norm) \
+  MEGAVID_IMPL(m, gated_residual_norm) \
+  MEGAVID_IMPL(m, gated_residual) \
+  MEGAVID_IMPL(m, sum_of_squares) \
+  MEGAVID_IMPL(m, norm_rope)
+
+#define MEGAVID_IMPL_MOE(m) \
+  MEGAVID_IMPL(m, expert_activation) \
+  MEGAVID_IMPL(m, moe_permute) \
+  MEGAVID_IMPL(m, moe_unpermute) \
+  MEGAVID_IMPL(m, router_topk)
