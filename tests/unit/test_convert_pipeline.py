@@ -129,12 +129,12 @@ def test_interrupted_pipeline_does_not_write_a_finished_expert_again(tmp_path: P
     assert sorted(os.listdir(tmp_path / "pipe")) == ["model_index.json", "transformer", "transformer_2"]
 
 
-def run_at(folder: Path, **diffusion: float) -> Path:
-    """A megavid checkpoint of a run with these noise levels and this shift."""
+def run_at(folder: Path, updates: int = 1, **diffusion: float) -> Path:
+    """A megavid checkpoint of a run with these noise levels and this shift, after so many updates."""
     save_wan(folder.with_name(folder.name + "_src"))
     source = open_model(folder.with_name(folder.name + "_src"))
     run = replace(source.run, diffusion=replace(source.run.diffusion, **diffusion))
-    write_model(replace(source, run=run), folder, to="megavid")
+    write_model(replace(source, run=run, state={"format": 1, "updates": updates}), folder, to="megavid")
     return folder
 
 
@@ -145,6 +145,13 @@ def test_pipeline_samples_at_the_shift_that_was_trained(tmp_path: Path) -> None:
     scheduler = json.loads((tmp_path / "pipe/scheduler/scheduler_config.json").read_text())
     assert scheduler["flow_shift"] == 7.0
     assert json.loads((tmp_path / "b/scheduler/scheduler_config.json").read_text())["flow_shift"] == 12.0
+
+
+def test_pipeline_of_weights_that_no_run_has_trained_keeps_its_shift(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    convert(run_at(tmp_path / "run", updates=0), tmp_path / "pipe", "diffusers", base=str(base))
+    scheduler = json.loads((tmp_path / "pipe/scheduler/scheduler_config.json").read_text())
+    assert scheduler["flow_shift"] == 12.0
 
 
 def test_experts_of_two_shifts_make_no_pipeline(tmp_path: Path) -> None:

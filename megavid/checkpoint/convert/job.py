@@ -282,18 +282,19 @@ def _boundary(request: ConvertRequest, sources: Sequence[ModelSource]) -> float:
 
 
 def _shift(sources: Sequence[ModelSource]) -> float | None:
-    """The shift of noise levels that runs trained with, for the pipeline's scheduler; None where no source is a run.
+    """The shift of noise levels that runs trained with, for the pipeline's scheduler; None where none was trained.
 
     Raises:
         ConfigError: two experts differ in it, or it follows the size of the clip.
     """
-    told = {source.run.diffusion.flow_shift for source in sources if source.layout == "megavid"}
+    trained = [source.run.diffusion for source in sources if source.is_trained]
+    told = {diffusion.flow_shift for diffusion in trained}
     if len(told) > 1:
         raise ConfigError(
             f"the experts were trained with diffusion.flow_shift = {' and '.join(f'{shift:g}' for shift in told)}; "
             "the one scheduler of a pipeline has one shift"
         )
-    if any(source.layout == "megavid" and source.run.diffusion.shift_reference_tokens for source in sources):
+    if any(diffusion.shift_reference_tokens for diffusion in trained):
         raise ConfigError(
             "--pipeline: this run's shift follows the size of the clip (diffusion.shift_reference_tokens > 0), a "
             "pipeline's scheduler has one; convert without --pipeline and set the shift of each size where it is served"

@@ -78,6 +78,7 @@ class ModelSource:
         check: reads what must be checked before anything is written; see ``verify``.
         notes: what a user should know of it, a line each.
         adapters: what was merged into the tensors of the files, with the factor on it.
+        is_trained: a run of megavid has trained it, with what ``run`` says; a converted model has not been.
     """
 
     run: RunConfig
@@ -92,6 +93,7 @@ class ModelSource:
     check: Callable[[], None] = lambda: None
     notes: tuple[str, ...] = ()
     adapters: tuple[tuple[Adapter, float], ...] = ()
+    is_trained: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -229,6 +231,7 @@ def open_checkpoint(folder: Path, weights: str) -> ModelSource:
         state=checkpoint.state,
         identity=_identity(folder, ["*"]),
         check=lambda: checkpoint.verify(SingleRank()),
+        is_trained=checkpoint.state.get("updates", 0) > 0,
     )
 
 
@@ -259,6 +262,7 @@ def _open_adapted(checkpoint: Checkpoint, weights: str) -> ModelSource:
         files={name: checkpoint.read(name) for name in kept},
         check=check,
         notes=notes,
+        is_trained=True,
     )
 
 
