@@ -36,7 +36,7 @@ usage: megavid convert SRC DST --to diffusers|megavid|original [options]
   --max-shard-size S begin a new file beyond this (5GB)
   --verify           run both models on seeded inputs before DST appears (needs memory for both, in fp32); fail if a
                      block differs by more than rounding
-  --optimizer        keep Adam's moments too (megavid to megavid)
+  --optimizer        keep Adam's moments, and the histories of FP8, too (megavid to megavid)
   --pipeline DIR     copy VAE, text encoder, tokenizer and scheduler of the pipeline DIR, so that DST is one too
   --second SRC2      the low-noise expert beside SRC, the high-noise one (Wan 2.2 A14B)
   --boundary X       where inference switches between them: timestep / 1000 after the shift (Wan 2.2: 0.875, or 0.9 for

@@ -20,8 +20,6 @@ from megavid.ops.fp8 import LARGEST, Quantized, amax_of, dequantize, scale_of
 from megavid.ops.fp8_linear import ROLES, Recipe, Role, fp8_linear
 from megavid.parallel import mcore
 
-HISTORY = ".fp8_amax"
-"""What a layer's history is called in a checkpoint, after the layer's name."""
 FIGURES = ("numbers", "underflow", "overflow", "error", "size")
 """What is summed of every operand while it is watched: numbers that are not 0, those of them that became 0, those that
 were cut to the largest number, squares of the errors, and squares of the numbers."""

@@ -17,7 +17,7 @@ from megavid.models.attention import Attend, Prompts
 from megavid.models.block import Block, Conditioning
 from megavid.models.build import Build
 from megavid.models.embedders import Head, ImageEmbedder, PatchEmbedder, TextEmbedder, TimestepEmbedder
-from megavid.models.fp8 import HISTORY, scalings_of
+from megavid.models.fp8 import scalings_of
 from megavid.models.inputs import ModelInput
 from megavid.models.lora import freeze_base
 from megavid.models.moe.stats import RoutingStats
@@ -117,13 +117,14 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         return velocity if velocity.dtype == torch.float64 else velocity.float()
 
     def training_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Buffers that training updates without a gradient, by their names in model space."""
+        """Routers' bias, which training updates without a gradient, by names in model space."""
         for block in self._blocks:
             if block.is_moe and block.feed_forward.router.expert_bias is not None:
                 yield f"blocks.{block.layer}.moe.router.expert_bias", block.feed_forward.router.expert_bias
-        for scaling in scalings_of([self]):
-            if scaling.recipe.name == "delayed":
-                yield scaling.name + HISTORY, scaling.history
+
+    def fp8_histories(self) -> Iterator[tuple[str, Tensor]]:
+        """What delayed scaling has seen of each layer, by the name of its first matrix."""
+        return ((s.name, s.history) for s in scalings_of([self]) if s.recipe.name == "delayed")
 
     def take_routing(self) -> dict[int, RoutingStats]:
         """Routing statistics of each expert layer since the last call, summed over microbatches."""

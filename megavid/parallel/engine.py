@@ -5,7 +5,7 @@ file: what to compute is a function of a chunk and a microbatch. A step's loss h
 begins, so gradients are plain sums and do not depend on the layout.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
@@ -17,7 +17,7 @@ from megavid.config.schema import RunConfig
 from megavid.ops.philox import key_of, normal_box
 from megavid.ops.regions import in_region
 from megavid.parallel import mcore
-from megavid.parallel.fragment import Box, Fragment
+from megavid.parallel.fragment import HISTORY, Box, Fragment
 from megavid.parallel.gradients import GradientFinisher
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.optimizer import ShardedAdamW, Updates, fragments_of
@@ -186,11 +186,12 @@ class Engine(Generic[Microbatch]):
         return self.config.lora.rank > 0
 
     def fragments(self) -> list[Fragment]:
-        """All that a checkpoint holds of this rank: masters, moments, average, and the routers' bias.
+        """All that a checkpoint holds of this rank: masters, moments, average, the routers' bias and FP8 histories.
 
         A frozen base, its routers' bias too, is in no checkpoint.
         """
-        return self.updates.fragments() + ([] if self.has_frozen else self.buffer_fragments())
+        buffers = [] if self.has_frozen else self.buffer_fragments()
+        return self.updates.fragments() + buffers + self.history_fragments()
 
     def weight_fragments(self, kind: str, which: Weights = "all") -> list[Fragment]:
         """Weights only, to be filled from what is saved under ``kind/`` ("model" or "ema").
@@ -212,16 +213,16 @@ class Engine(Generic[Microbatch]):
 
     def buffer_fragments(self) -> list[Fragment]:
         """Buffers that training updates without a gradient, the expert bias; equal on all ranks that hold them."""
-        found = []
-        axes = ("tp", "cp", "dp")
-        for chunk in self.chunks:
-            for name, buffer in chunk.training_buffers():
-                shape = tuple(buffer.shape)
-                owner = all(self.mesh.coordinate(axis) == 0 for axis in axes)
-                found.append(
-                    Fragment(f"buffer/{name}", shape, (Box((0,) * len(shape), shape),), buffer.view(-1), owner)
-                )
-        return found
+        return self._replicated("buffer/", (named for chunk in self.chunks for named in chunk.training_buffers()))
+
+    def history_fragments(self) -> list[Fragment]:
+        """Histories of delayed scaling in FP8, likewise."""
+        return self._replicated(HISTORY, (named for chunk in self.chunks for named in chunk.fp8_histories()))
+
+    def _replicated(self, prefix: str, named: Iterable[tuple[str, Tensor]]) -> list[Fragment]:
+        is_owner = all(self.mesh.coordinate(axis) == 0 for axis in ("tp", "cp", "dp"))
+        shapes = ((prefix + name, tuple(buffer.shape), buffer.view(-1)) for name, buffer in named)
+        return [Fragment(name, shape, (Box((0,) * len(shape), shape),), data, is_owner) for name, shape, data in shapes]
 
     def load_finished(self, updates: int = 0) -> None:
         """Say that fragments were filled: masters go to the model, and Adam has seen ``updates`` updates."""

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+HISTORY = "fp8/"
+"""Beginning of the names of what a layer in FP8 remembers of its magnitudes: of use to the run that saved it only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Box:

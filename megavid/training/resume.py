@@ -9,15 +9,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megavid.checkpoint import Checkpoint, latest, load, resolve
+from megavid.checkpoint import Checkpoint, latest, resolve
 from megavid.checkpoint.base import BASE, Base
+from megavid.checkpoint.ranks import agreed
 from megavid.config.load import from_table
 from megavid.config.resume import differences
 from megavid.config.schema import RunConfig
 from megavid.data.sample import ClipSource
 from megavid.errors import CheckpointError, ConfigError
-from megavid.models.fp8 import HISTORY
 from megavid.parallel.engine import Engine, Weights
+from megavid.parallel.fragment import HISTORY
 from megavid.training.kit import trained_tokenizer
 from megavid.training.state import TrainState
 
@@ -129,9 +130,17 @@ def resume(engine: Engine[Any], folder: Path, base: Base | None) -> tuple[TrainS
         folder: the checkpoint.
         base: of a run of adapters, the frozen model.
 
-    Ranks: collective; the layout may be another one than the checkpoint was saved in.
+    Ranks: collective; the layout may be another one than the checkpoint was saved in. So may the precision, as replay
+    asks for: FP8 histories are then taken where they fit, and begin anew elsewhere.
     """
-    checkpoint = load(folder, engine.fragments(), engine.mesh)
+    with agreed(engine.mesh):
+        checkpoint = Checkpoint(folder)
+        saved = {name: list(tensor["shape"]) for name, tensor in checkpoint.index.tensors.items()}
+        is_same = config_of(checkpoint).precision == engine.config.precision
+    wanted = engine.fragments()
+    if not is_same:
+        wanted = [f for f in wanted if not f.name.startswith(HISTORY) or saved.get(f.name) == list(f.global_shape)]
+    checkpoint.fill(wanted, engine.mesh, allow_unread=() if is_same else (HISTORY,))
     if base is not None:
         _fill(engine, base.open(), base.weights, "frozen")
     state = TrainState.from_json(checkpoint.state)
@@ -173,7 +182,5 @@ def load_weights(engine: Engine[Any], checkpoint: Checkpoint, *, kind: str) -> N
 
 def _fill(engine: Engine[Any], checkpoint: Checkpoint, kind: str, which: Weights) -> None:
     known = checkpoint.index.tensors
-    # Magnitudes of another run's tensors (FP8) are not taken along: a run finds its own in its first step.
-    own = (fragment for fragment in engine.buffer_fragments() if not fragment.name.endswith(HISTORY))
-    buffers = [fragment for fragment in own if fragment.name in known]
+    buffers = [fragment for fragment in engine.buffer_fragments() if fragment.name in known]
     checkpoint.fill([*engine.weight_fragments(kind, which), *buffers], engine.mesh, allow_unread=("",))

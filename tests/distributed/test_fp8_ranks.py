@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from megavid import checkpoint
+from megavid.checkpoint.convert import open_model
+from megavid.checkpoint.convert.job import ConvertJob, ConvertRequest
+from megavid.checkpoint.convert.saved import saved_tensors
+from megavid.checkpoint.convert.shards import OpenFiles
+from megavid.config.load import dump_toml
 from megavid.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 from megavid.errors import ConfigError
 from megavid.models.fp8 import Fp8Scaling, update_histories
@@ -19,10 +25,13 @@ from megavid.ops.fp8_linear import Recipe, RecipeName
 from megavid.parallel.mesh import Mesh
 from megavid.plan.layout import layout_of
 from megavid.training.fp8_figures import figures_of, watching, worst_rounding
+from megavid.training.resume import resume
+from megavid.training.state import TrainState
 from tests.support.newest import newest_too
 from tests.support.ranks import RankPool
 from tests.support.tiny_world import (
     assemble,
+    held,
     initialize,
     load_and_train,
     take_step,
@@ -127,7 +136,7 @@ def test_a_tensor_has_one_scale_on_all_ranks_that_hold_parts_of_it(
 
 def histories_of(told: list[dict[str, Any]], part: str) -> dict[str, torch.Tensor]:
     whole = assemble([rank[part] for rank in told])
-    return {name: tensor for name, tensor in whole.items() if name.endswith(".fp8_amax")}
+    return {name: tensor for name, tensor in whole.items() if name.startswith("fp8/")}
 
 
 @pytest.mark.parametrize("options", [{}, {"tensor": 2, "expert": 2}], ids=["1 rank", "tp2 ep2"])
@@ -139,7 +148,7 @@ def test_delayed_scales_survive_a_resume_bitwise(pool: RankPool, tmp_path: Path,
     assert [told["loss"] for told in resumed] == [told["loss"] for told in straight]
     assert [told["norm"] for told in resumed] == [told["norm"] for told in straight]
     saved, loaded = histories_of(straight, "saved"), histories_of(resumed, "saved")
-    assert {"buffer/blocks.1.self_attention.q.fp8_amax", "buffer/blocks.2.moe.experts.up.fp8_amax"} <= saved.keys()
+    assert {"fp8/blocks.1.self_attention.q", "fp8/blocks.2.moe.experts.up"} <= saved.keys()
     for name, history in saved.items():
         assert history.shape == (3, 4)
         assert (history[:, :3] > 0).all()
@@ -149,6 +158,63 @@ def test_delayed_scales_survive_a_resume_bitwise(pool: RankPool, tmp_path: Path,
         other = with_parallel(config, context=2, expert=2)
         elsewhere = pool.run(2, load_and_train, other, 2, str(tmp_path), 3, 2)
         assert elsewhere[0]["loss"] == pytest.approx(straight[0]["loss"], rel=5e-3)
+
+
+def train_and_keep(config: RunConfig, folder: str) -> Any:
+    """Job: one step, saved as a run saves it; tells what was."""
+    with Mesh.open(layout_of(config, 1)) as mesh:
+        engine = build_engine(config, mesh)
+        initialize(engine)
+        take_step(engine, 0)
+        state = TrainState(step=1, updates=1).to_json(seed=0, loader={})
+        checkpoint.save(Path(folder), 1, engine.fragments(), state, mesh, run_toml=dump_toml(config))
+        return held(engine.fragments())
+
+
+def gone_on(config: RunConfig, folder: str) -> Any:
+    """Job: what a run holds that goes on from a checkpoint."""
+    with Mesh.open(layout_of(config, 1)) as mesh:
+        engine = build_engine(config, mesh)
+        resume(engine, checkpoint.resolve(Path(folder)), None)
+        return held(engine.fragments())
+
+
+@pytest.fixture(scope="module")
+def delayed_run(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint with histories of four steps, and what is in it."""
+    folder = tmp_path_factory.mktemp("delayed")
+    return folder, assemble(pool.run(1, train_and_keep, fp8_config("wan_moe", "delayed"), str(folder)))
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [{"fp8": "off"}, {"fp8": "delayed", "fp8_history": 2}, {"fp8": "delayed", "fp8_history": 4, "dtype": "bf16"}],
+    ids=["off", "shorter history", "bf16"],
+)
+def test_another_precision_goes_on_with_the_histories_that_fit(
+    pool: RankPool, delayed_run: tuple[Path, dict[str, torch.Tensor]], precision: dict[str, Any]
+) -> None:
+    folder, saved = delayed_run
+    config = replace(fp8_config("wan_moe", "delayed"), precision=PrecisionConfig(**precision))
+    found = assemble(pool.run(1, gone_on, config, str(folder)))
+    histories = [name for name in found if name.startswith("fp8/")]
+    assert bool(histories) == (precision["fp8"] == "delayed")
+    assert all(found[name].any() == (precision["fp8_history"] == 4) for name in histories)
+    assert all(torch.equal(found[n], saved[n]) for n in found if found[n].shape == saved[n].shape)
+
+
+def test_a_run_with_histories_is_converted(delayed_run: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder, saved = delayed_run
+    out = ConvertJob.of(ConvertRequest(folder, tmp_path / "out", "diffusers"))
+    assert any(f"{sum(name.startswith('fp8/') for name in saved)} tensors of fp8" in line for line in out.notices())
+    out.run()
+    assert open_model(tmp_path / "out").tensors.keys() == {
+        name.removeprefix("buffer/").removeprefix("model/") for name in saved if name.startswith(("model/", "buffer/"))
+    }
+    ConvertJob.of(ConvertRequest(folder, tmp_path / "copy", "megavid", keep_optimizer=True)).run()
+    copied = saved_tensors(checkpoint.Checkpoint(tmp_path / "copy"), OpenFiles())
+    assert copied.keys() == saved.keys()
+    assert all(torch.equal(copied[name].read(), tensor) for name, tensor in saved.items())
 
 
 def test_a_delayed_scale_is_that_of_the_largest_of_the_last_steps() -> None:

@@ -19,7 +19,7 @@ from megavid.checkpoint.convert.configs import config_json
 from megavid.checkpoint.convert.journal import open_lock
 from megavid.checkpoint.convert.pipeline import EXPERTS, ORIGINAL_EXPERTS
 from megavid.checkpoint.convert.shards import OpenFiles, open_shards
-from megavid.checkpoint.convert.source import MOMENTS, ModelSource, open_model
+from megavid.checkpoint.convert.source import MOMENTS, TRAINING, ModelSource, open_model
 from megavid.checkpoint.convert.target import MAX_SHARD_BYTES, plan_target
 from megavid.checkpoint.convert.write import (
     ASKED,
@@ -50,7 +50,7 @@ class ConvertRequest:
         dtype: number format of the matrices; None for as stored.
         dtype_of: a folder whose tensors' number formats are taken.
         use_ema: take the moving average for the weights.
-        keep_optimizer: keep Adam's moments (megavid to megavid).
+        keep_optimizer: keep what a run goes on from: Adam's moments, FP8 histories (megavid to megavid).
         max_shard_bytes: size at which a new file begins.
         base: a pipeline whose other parts are copied.
         second: the low-noise expert.
@@ -133,7 +133,7 @@ class ConvertJob:
             "dtype": request.dtype,
             "dtype_of": _formats(request),
             "max_shard_bytes": request.max_shard_bytes,
-            "keep": ("ema/", *(MOMENTS if request.keep_optimizer else ())) if not request.use_ema else (),
+            "keep": ("ema/", *(TRAINING if request.keep_optimizer else ())) if not request.use_ema else (),
         }
 
     def notices(self) -> Iterator[str]:

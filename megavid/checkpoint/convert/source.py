@@ -49,6 +49,7 @@ from megavid.config.schema import (
     RunConfig,
 )
 from megavid.errors import CheckpointError, ConfigError
+from megavid.parallel.fragment import HISTORY
 
 CONFIG = "config.json"
 TABLES: dict[Layout, tuple[Row, ...]] = {"diffusers": DIFFUSERS, "inference": INFERENCE, "original": ORIGINAL}
@@ -57,7 +58,9 @@ BUFFER = "buffer/"
 MOMENTS = ("exp_avg/", "exp_avg_sq/")
 NOT_KIT = ("index.json", "state.json", "run.toml", RECORD, BASE)
 """Small files of a checkpoint that do not go along to another one."""
-KINDS = ("model/", "ema/", *MOMENTS)
+TRAINING = (*MOMENTS, HISTORY)
+"""What only the run that saved it goes on from."""
+KINDS = ("model/", "ema/", *TRAINING)
 """Beginnings of the full names of what a run saves beside ``BUFFER``."""
 
 
