@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megavid.checkpoint.convert import ModelSource, open_model, write_model
 from megavid.checkpoint.convert import write as writing
+from megavid.checkpoint.convert.job import ConvertJob, ConvertRequest
 from megavid.errors import CheckpointError, ConfigError, StorageError
 from tests.support.wan_folders import assert_same_files, save_wan
 
@@ -211,6 +212,35 @@ def test_two_conversions_do_not_write_to_one_place(tmp_path: Path) -> None:
 
     write_model(open_model(src), tmp_path / "dst", to="megavid", check=second)
     open_model(tmp_path / "dst").verify()
+
+
+@pytest.mark.parametrize("second", ["", "src"], ids=["one model", "two experts"])
+def test_killed_just_before_it_gets_its_name_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_wan(Path("src"))
+    boundary = 0.9 if second else 0.0
+    request = ConvertRequest(Path("src"), Path("dst"), "diffusers", "convert", second=second, boundary=boundary)
+    rename = os.rename
+
+    def killed(src: Path, dst: Path) -> None:
+        if dst == Path("dst"):
+            raise KeyboardInterrupt
+        rename(src, dst)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ConvertJob.of(request).run()
+    first = {path.relative_to("dst.partial"): path.stat().st_ino for path in Path("dst.partial").rglob("*.safetensors")}
+    ConvertJob.of(request).run()
+    assert sorted(os.listdir()) == ["dst", "src"]
+    again = {path.relative_to("dst"): path.stat().st_ino for path in Path("dst").rglob("*.safetensors")}
+    assert again == first
+    assert {path.name for path in Path("dst").rglob("*") if path.is_file()} <= {
+        "config.json", "conversion.json", "diffusion_pytorch_model.safetensors", "model_index.json",
+    }  # fmt: skip
 
 
 def test_a_check_that_fails_leaves_nothing(tmp_path: Path) -> None:

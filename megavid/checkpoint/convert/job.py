@@ -16,7 +16,7 @@ import torch
 from megavid.checkpoint.convert import pipeline
 from megavid.checkpoint.convert.adapter import open_adapter
 from megavid.checkpoint.convert.configs import config_json
-from megavid.checkpoint.convert.journal import open_lock
+from megavid.checkpoint.convert.journal import JOURNAL
 from megavid.checkpoint.convert.pipeline import EXPERTS, ORIGINAL_EXPERTS
 from megavid.checkpoint.convert.shards import OpenFiles, open_shards
 from megavid.checkpoint.convert.source import MOMENTS, TRAINING, ModelSource, open_model
@@ -28,7 +28,6 @@ from megavid.checkpoint.convert.write import (
     layout_for,
     new_folder,
     refuse_existing,
-    storage_errors,
     write_model,
 )
 from megavid.config.schema import ModelConfig, MoEConfig
@@ -155,10 +154,11 @@ class ConvertJob:
         if self.folders == [""]:
             self._write(self.sources[0], request.dst, progress, check)
             return
-        with new_folder(request.dst) as partial, storage_errors(partial), open_lock(partial / ASKED) as note:
+        with new_folder(request.dst, ASKED) as (partial, note):
             self._take_up(partial, note)
             for source, name in zip(self.sources, self.folders, strict=True):
                 if (partial / name).exists():  # whole, else it would have another name
+                    (partial / name / JOURNAL).unlink(missing_ok=True)
                     progress(plan_target(source, layout_for(source, request.to), **self._options()).nbytes)
                 else:
                     self._write(source, partial / name, progress, check)
@@ -171,7 +171,6 @@ class ConvertJob:
                     if (shift := _shift(self.sources)) is not None:
                         pipeline.write_shift(partial, shift)
                 pipeline.write_index(partial, index)
-            (partial / ASKED).unlink()
 
     def _write(self, source: ModelSource, dst: Path, progress: Progress, check: Check | None) -> None:
         write_model(

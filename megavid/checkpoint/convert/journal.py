@@ -85,17 +85,6 @@ class Journal:
 
 
 @contextmanager
-def open_journal(folder: Path) -> Iterator[Journal]:
-    """The journal of ``folder``, locked: two conversions must not write to one place.
-
-    Raises:
-        CheckpointError: another process is writing there.
-    """
-    with open_lock(folder / JOURNAL) as file:
-        yield Journal(file)
-
-
-@contextmanager
 def open_lock(path: Path) -> Iterator[IO[bytes]]:
     """The file ``path``, locked, to be read and appended to: who has it writes to its folder, and nobody else.
 

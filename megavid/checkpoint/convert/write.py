@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megavid import __version__
 from megavid.checkpoint.convert.configs import Layout, beyond_wan
-from megavid.checkpoint.convert.journal import JOURNAL, SYNC_BYTES, InUseError, Journal, open_journal
+from megavid.checkpoint.convert.journal import JOURNAL, SYNC_BYTES, InUseError, Journal, open_lock
 from megavid.checkpoint.convert.lazy import BLOCK_BYTES, LazyTensor
 from megavid.checkpoint.convert.ledger import HashThread, bytes_of
 from megavid.checkpoint.convert.record import RECORD, Side, TensorNote, record_bytes
@@ -75,7 +75,8 @@ def write_model(
         source, layout_for(source, to), dtype=dtype, dtype_of=dtype_of, max_shard_bytes=max_shard_bytes, keep=keep
     )
     refuse_existing(dst)
-    with new_folder(dst) as partial, storage_errors(partial), open_journal(partial) as journal:
+    with new_folder(dst, JOURNAL) as (partial, note):
+        journal = Journal(note)
         source.verify()
         fingerprint = _fingerprint(source, target, command)
         if not journal.read(fingerprint):
@@ -92,7 +93,6 @@ def write_model(
             write_file(partial / name, [content])
         if check is not None:
             check(partial)
-        (partial / JOURNAL).unlink()
 
 
 def layout_for(source: ModelSource, to: str) -> Layout:
@@ -113,23 +113,25 @@ def refuse_existing(dst: Path) -> None:
 
 
 @contextmanager
-def new_folder(dst: Path) -> Iterator[Path]:
-    """A folder to write to, ``dst``.partial, that becomes ``dst`` when the body ends well.
+def new_folder(dst: Path, marker: str) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A folder to write to, ``dst``.partial, that becomes ``dst`` when the body ends well; and its locked marker.
 
-    An error of the body removes it, unless the storage failed otherwise than by being full: then, and after a kill or
-    Ctrl-C, it stays for the next try.
+    The marker is a file, ``JOURNAL`` or ``ASKED``, by which the next try knows the folder as one of ours; it goes last,
+    so that a kill at any point can be gone on from. An error of the body removes the folder, unless the storage failed
+    otherwise than by being full: then, and after a kill or Ctrl-C, it stays for the next try.
     """
     partial = dst.with_name(dst.name + PARTIAL)
-    with storage_errors(partial):
+    with _going_on(partial):
         _refuse_foreign(partial)
         partial.mkdir(parents=True, exist_ok=True)
     try:
-        yield partial
-        with storage_errors(partial):
+        with _going_on(partial), open_lock(partial / marker) as note:
+            yield partial, note
             sync_folder(partial)
             refuse_existing(dst)
             os.rename(partial, dst)
             sync_folder(dst.parent)
+            (dst / marker).unlink()
     except InUseError:
         raise
     except MegavidError as error:
@@ -153,8 +155,8 @@ def _refuse_foreign(partial: Path) -> None:
 
 
 @contextmanager
-def storage_errors(partial: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the body into one line."""
+def _going_on(partial: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the body into one line that says whether the same command goes on."""
     try:
         yield
     except OSError as error:
