@@ -93,10 +93,10 @@ def main(argv: Sequence[str]) -> int:
 
 def write_adapter(argv: Sequence[str]) -> int:
     """Write the adapters of a run; see ``USAGE``. Returns and raises as ``main``."""
-    from megavid.checkpoint import Checkpoint, resolve
+    from megavid.checkpoint import Checkpoint, SingleRank, resolve
     from megavid.checkpoint.base import BASE
-    from megavid.checkpoint.convert.adapter import saved_adapter
-    from megavid.checkpoint.convert.write import refuse_existing
+    from megavid.checkpoint.convert.adapter import ADAPTER, saved_adapter
+    from megavid.checkpoint.convert.write import ASKED, clear_folder, new_folder, refuse_existing
     from megavid.errors import CheckpointError
 
     rest = list(argv)
@@ -108,7 +108,12 @@ def write_adapter(argv: Sequence[str]) -> int:
     if BASE not in checkpoint.manifest.files:
         raise CheckpointError(f"{checkpoint.folder} is of a run of a whole model (lora.rank = 0): it has no adapters")
     refuse_existing(dst)
-    print(f"wrote {saved_adapter(checkpoint, weights).write(dst)}")
+    adapter = saved_adapter(checkpoint, weights)
+    with new_folder(dst, ASKED) as (partial, _):
+        clear_folder(partial)
+        checkpoint.verify(SingleRank())
+        adapter.write(partial)
+    print(f"wrote {dst / ADAPTER}")
     return 0
 
 

@@ -9,10 +9,14 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from megavid.checkpoint.convert import adapter
 from megavid.checkpoint.convert.adapter import ADAPTER, open_adapter
 from megavid.checkpoint.convert.job import ConvertJob, ConvertRequest
 from megavid.checkpoint.convert.source import open_model
+from megavid.checkpoint.convert.write import write_model
+from megavid.cli.convert import main
 from megavid.errors import CheckpointError, ConfigError
+from tests.support.adapter_run import adapter_run
 from tests.support.wan_folders import edit_tensors, save_wan, tensors_in, tiny_wan
 
 MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2"]
@@ -101,6 +105,49 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path: Path, change:
     with pytest.raises(CheckpointError, match=told):
         ConvertJob.of(ConvertRequest(tmp_path / "base", tmp_path / "out", "megavid", lora=str(tmp_path)))
     assert not (tmp_path / "out").exists()
+
+
+def exported(tmp_path: Path, *args: str) -> Path:
+    """What ``convert --to lora`` makes of a run of adapters."""
+    assert main([str(tmp_path / "run"), str(tmp_path / "lora"), "--to", "lora", *args]) == 0
+    return tmp_path / "lora" / ADAPTER
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A checkpoint of a run of adapters without a moving average."""
+    write_model(open_model(save_wan(tmp_path / "src")), tmp_path / "base", to="megavid")
+    return adapter_run(tmp_path / "run" / "checkpoints", tmp_path / "base")
+
+
+def test_damaged_adapters_of_a_run_are_not_exported(tmp_path: Path, run: Path) -> None:
+    (file,) = run.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=file.name):
+        exported(tmp_path)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_killed_export_leaves_nothing_that_stands_in_the_way(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter, "replace_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            exported(tmp_path)
+    assert open_adapter(exported(tmp_path), open_model(tmp_path / "base").config).pairs
+    assert sorted(path.name for path in tmp_path.glob("lora*")) == ["lora"]
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == [ADAPTER]
+
+
+def test_an_average_that_a_run_of_adapters_has_not_is_one_line(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no moving average \(optimizer\.ema_decay = 0\)"):
+        exported(tmp_path, "--ema")
 
 
 def test_other_kinds_of_adapters_and_options_that_do_nothing_are_refused(tmp_path: Path) -> None:

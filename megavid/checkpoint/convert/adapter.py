@@ -7,7 +7,6 @@ at a time. What the other layouts call a matrix is ``megavid.checkpoint.convert.
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +20,11 @@ from megavid.checkpoint import Checkpoint
 from megavid.checkpoint.base import manifest_digest
 from megavid.checkpoint.convert.lazy import LazyTensor
 from megavid.checkpoint.convert.ledger import Ledger
-from megavid.checkpoint.convert.saved import saved_tensors
+from megavid.checkpoint.convert.saved import run_of, saved_tensors
 from megavid.checkpoint.convert.shards import OpenFiles, open_file
 from megavid.checkpoint.convert.tables import INFERENCE, check_same_tensors, links
 from megavid.checkpoint.files import replace_bytes, storage_errors
-from megavid.config.load import from_table
-from megavid.config.schema import ModelConfig, RunConfig
+from megavid.config.schema import ModelConfig
 from megavid.errors import CheckpointError
 from megavid.plan.adapters import adapter_tensors
 
@@ -117,9 +115,9 @@ def saved_adapter(checkpoint: Checkpoint, weights: str) -> Adapter:
         weights: "model", or "ema" for their moving average.
 
     Raises:
-        CheckpointError: it has not those that its config asks for.
+        CheckpointError: it has not those that its config asks for, or no moving average.
     """
-    run = from_table(RunConfig, tomllib.loads(checkpoint.run_toml))
+    run = run_of(checkpoint, weights)
     expected = {f"{weights}/{name}": shape for name, shape in adapter_tensors(run.model, run.lora).items()}
     saved = saved_tensors(checkpoint, OpenFiles())
     check_same_tensors(

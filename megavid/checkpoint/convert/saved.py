@@ -1,8 +1,10 @@
 """The tensors of a megavid checkpoint, whatever layout wrote it, as lazy tensors in model space.
 
-Owns the way from a range of a tensor's elements to the boxes that hold them. Verifying files against the manifest is
-``Checkpoint``'s.
+Owns the config beside them and the way from a range of a tensor's elements to the boxes that hold them. Verifying files
+against the manifest is ``Checkpoint``'s.
 """
+
+import tomllib
 
 import torch
 from torch import Tensor
@@ -12,7 +14,22 @@ from megavid.checkpoint.convert.shards import OpenFiles
 from megavid.checkpoint.format import DTYPES
 from megavid.checkpoint.index import TensorRecord, check_cover
 from megavid.checkpoint.read import Checkpoint, RegionRead, read_region, slices
+from megavid.config.load import from_table
+from megavid.config.schema import RunConfig
+from megavid.errors import CheckpointError
 from megavid.parallel.fragment import boxes_of_range
+
+
+def run_of(checkpoint: Checkpoint, weights: str) -> RunConfig:
+    """The config of the run that saved a checkpoint.
+
+    Raises:
+        CheckpointError: ``weights`` is "ema", and the run has no moving average.
+    """
+    run = from_table(RunConfig, tomllib.loads(checkpoint.run_toml))
+    if weights == "ema" and run.optimizer.ema_decay == 0:
+        raise CheckpointError(f"{checkpoint.folder} has no moving average (optimizer.ema_decay = 0); leave --ema out")
+    return run
 
 
 def saved_tensors(checkpoint: Checkpoint, files: OpenFiles) -> dict[str, LazyTensor]:

@@ -7,7 +7,6 @@ bytes are checked as they are read, and by ``ModelSource.verify`` where a manife
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from megavid.checkpoint.convert.lazy import LazyTensor
 from megavid.checkpoint.convert.ledger import Ledger
 from megavid.checkpoint.convert.pipeline import EXPERTS, ORIGINAL_EXPERTS, surroundings
 from megavid.checkpoint.convert.record import RECORD, Record, parse_record, read_record
-from megavid.checkpoint.convert.saved import saved_tensors
+from megavid.checkpoint.convert.saved import run_of, saved_tensors
 from megavid.checkpoint.convert.shards import OpenFiles, open_shards
 from megavid.checkpoint.convert.tables import (
     DIFFUSERS,
@@ -198,10 +197,8 @@ def open_checkpoint(folder: Path, weights: str) -> ModelSource:
     checkpoint = Checkpoint(folder)
     if BASE in checkpoint.manifest.files:
         return _open_adapted(checkpoint, weights)
-    run = from_table(RunConfig, tomllib.loads(checkpoint.run_toml))
+    run = run_of(checkpoint, weights)
     saved = saved_tensors(checkpoint, OpenFiles())
-    if weights == "ema" and run.optimizer.ema_decay == 0:
-        raise CheckpointError(f"{folder} has no moving average (optimizer.ema_decay = 0); leave --ema out")
     record: Record | None = None
     if RECORD in checkpoint.manifest.files:
         record = parse_record(checkpoint.read(RECORD), folder / RECORD)
@@ -241,9 +238,7 @@ def open_checkpoint(folder: Path, weights: str) -> ModelSource:
 def _open_adapted(checkpoint: Checkpoint, weights: str) -> ModelSource:
     """The model of a run of adapters: its base, as the checkpoint names it, with the adapters merged into it."""
     known = Base.read(checkpoint)
-    run = from_table(RunConfig, tomllib.loads(checkpoint.run_toml))
-    if weights == "ema" and run.optimizer.ema_decay == 0:
-        raise CheckpointError(f"{checkpoint.folder} has no moving average (optimizer.ema_decay = 0); leave --ema out")
+    run = run_of(checkpoint, weights)
     base = open_checkpoint(known.open(run.train.init_from).folder, known.weights)
     source = base.with_adapter(saved_adapter(checkpoint, weights))
 
