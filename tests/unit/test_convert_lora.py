@@ -40,7 +40,11 @@ def adapted(folder: Path, variant: str = "t2v", **options: Any) -> Any:
     [
         ("t2v", {}, 1.0),
         ("i2v of 2.1", {}, 0.5),
-        ("t2v", {"use_rslora": True, "alpha_pattern": {"attn1.to_q": 3}, "rank_pattern": {"ffn.net.2": 2}}, 1.0),
+        (
+            "t2v",
+            {"use_rslora": True, "alpha_pattern": {"attn1.to_q": 3, "to_q": 9}, "rank_pattern": {"ffn.net.2": 2}},
+            1.0,
+        ),
     ],
 )
 def test_merging_gives_what_diffusers_fuses(

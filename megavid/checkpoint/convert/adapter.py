@@ -228,4 +228,5 @@ def _scale(module: str, rank: int, fields: Mapping[str, Any], tensors: Mapping[s
     for pattern, value in fields.get("alpha_pattern", {}).items():  # matched as PEFT does
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
+            break  # the first that matches
     return float(alpha) / (math.sqrt(rank) if fields.get("use_rslora") else rank)
