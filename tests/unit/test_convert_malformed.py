@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megavid.checkpoint.convert import open_model, write_model
+from megavid.checkpoint.convert.adapter import METADATA, open_adapter
 from megavid.checkpoint.convert.configs import Recorded, model_of
 from megavid.checkpoint.convert.pipeline import index_of, surroundings
 from megavid.checkpoint.convert.record import parse_record
@@ -89,6 +92,44 @@ def test_header_of_a_file(tmp_path: Path) -> None:
     nonsense(header, read)
     with pytest.raises(CheckpointError, match=r"x.safetensors: tensor a has dtype \['F32'\], shape \[2, 1\]"):
         read(changed(header, ("a", "dtype"), ["F32"]))
+
+
+ADAPTED = "transformer.blocks.0.attn1.to_q"
+SCALED: dict[str, Any] = {
+    "r": 2, "lora_alpha": 3, "use_rslora": True, "use_dora": False, "lora_bias": False,
+    "alpha_pattern": {"to_k": 5, "to_q": 4},
+}  # fmt: skip
+
+
+def open_pair(file: Path, fields: Any = SCALED, module: str = ADAPTED, **tensors: torch.Tensor) -> None:
+    """Open a file with one adapter of a matrix of 48 by 48."""
+    given = {"lora_A.weight": torch.ones(2, 48), "lora_B.weight": torch.ones(48, 2)}
+    given |= {name.replace("_weight", ".weight"): tensor for name, tensor in tensors.items()}
+    save_file({f"{module}.{name}": t for name, t in given.items()}, file, {METADATA: json.dumps(fields)})
+    open_adapter(file, tiny_config("wan").model)
+
+
+def test_metadata_of_an_adapter(tmp_path: Path) -> None:
+    nonsense({f"transformer.{key}": value for key, value in SCALED.items()}, lambda f: open_pair(tmp_path / "x", f))
+    nonsense([SCALED], lambda f: open_pair(tmp_path / "x", f[0]))
+    for fields in ({"alpha_pattern": {"(": 1}}, {"lora_alpha": None}, {"lora_alpha": float("nan")}):
+        with pytest.raises(CheckpointError, match=r"no scale of blocks\.0\.attn1\.to_q follows from"):
+            open_pair(tmp_path / "x", fields)
+
+
+@pytest.mark.parametrize(
+    ("module", "tensors", "told"),
+    [
+        (ADAPTED, {"lora_A_weight": torch.ones(0, 48), "lora_B_weight": torch.ones(48, 0)}, r"has A \[0, 48\]"),
+        (ADAPTED, {"lora_A_weight": torch.tensor(1.0)}, r"has A \[\]"),
+        (ADAPTED, {"lora_B_weight": torch.tensor(1.0)}, r"and B \[\]"),
+        (ADAPTED, {"alpha": torch.ones(2)}, "no scale of"),
+        ("transformer.blocks.0.norm2", {}, r"tensor blocks\.0\.norm2\.lora_A\.weight .* place for"),
+    ],
+)
+def test_tensors_of_an_adapter(tmp_path: Path, module: str, tensors: dict[str, torch.Tensor], told: str) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        open_pair(tmp_path / "x", module=module, **tensors)
 
 
 def test_index_of_files(tmp_path: Path) -> None:

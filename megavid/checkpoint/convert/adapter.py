@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,8 +21,9 @@ from megavid.checkpoint.convert.lazy import LazyTensor
 from megavid.checkpoint.convert.ledger import Ledger
 from megavid.checkpoint.convert.saved import run_of, saved_tensors
 from megavid.checkpoint.convert.shards import OpenFiles, open_file
-from megavid.checkpoint.convert.tables import INFERENCE, check_same_tensors, links
+from megavid.checkpoint.convert.tables import INFERENCE, Link, check_same_tensors, links
 from megavid.checkpoint.files import replace_bytes, storage_errors
+from megavid.checkpoint.manifest import decode
 from megavid.config.schema import ModelConfig
 from megavid.errors import CheckpointError
 from megavid.plan.adapters import adapter_tensors
@@ -98,13 +98,18 @@ class Adapter:
         return folder / ADAPTER
 
 
-def names_in_diffusers(model: ModelConfig) -> dict[str, str]:
-    """What diffusers calls each module with a weight, by its name in model space."""
-    return {
-        link.names[0].removesuffix(".weight"): link.other.removesuffix(".weight")
+def matrix_links(model: ModelConfig) -> list[Link]:
+    """Everything that an adapter can be of: matrices that lie in diffusers' layout as in model space."""
+    return [
+        link
         for link in links(model, INFERENCE)
-        if link.transform == "same" and link.other.endswith(".weight")
-    }
+        if link.transform == "same" and link.other.endswith(".weight") and len(link.shape) == 2
+    ]
+
+
+def names_in_diffusers(model: ModelConfig) -> dict[str, str]:
+    """What diffusers calls each module with a matrix, by its name in model space."""
+    return {link.names[0].removesuffix(".weight"): link.other.removesuffix(".weight") for link in matrix_links(model)}
 
 
 def saved_adapter(checkpoint: Checkpoint, weights: str) -> Adapter:
@@ -140,36 +145,43 @@ def open_adapter(path: Path, model: ModelConfig) -> Adapter:
             the model has no matrix for.
     """
     file = path / ADAPTER if path.is_dir() else path
-    found = open_file(file, OpenFiles())
-    metadata = _metadata(file)
+    found, metadata = open_file(file, OpenFiles())
+    text = metadata.get(METADATA)  # without it diffusers infers the fields too
+    given = decode(str(text).encode(), Path(f"{file} ({METADATA})")) if text is not None else {}
     prefix = PREFIX if any(key.startswith(PREFIX) for key in found) else ""
     tensors = {key.removeprefix(prefix): tensor for key, tensor in found.items()}
-    fields = {key.removeprefix(prefix): value for key, value in metadata.items()}
+    fields = {key.removeprefix(prefix): value for key, value in given.items()}
     for kind in ("use_dora", "lora_bias"):
         if fields.get(kind):
             raise CheckpointError(f"{file} has {kind} = {fields[kind]}: only W + scale * B A can be merged")
-    names = {other: name for name, other in names_in_diffusers(model).items()}
+    matrices = {link.other.removesuffix(".weight"): link for link in matrix_links(model)}
     modules = {key.removesuffix(A): key for key in tensors if key.endswith(A)}
     known = {module + suffix for module in modules for suffix in (A, B, ALPHA)}
-    strange = [key for key in tensors if key not in known] + [f"{m}{A}" for m in modules if m not in names]
+    strange = [key for key in tensors if key not in known] + [f"{m}{A}" for m in modules if m not in matrices]
     if strange or not modules:
         told = f"tensor {strange[0]} ({len(strange)} such)" if strange else "no tensor"
         raise CheckpointError(
             f"{file} has {told} that this model has a place for; names are diffusers', such as "
             f"{PREFIX}blocks.0.attn1.to_q{A}"
         )
-    shapes = {name.removesuffix(".weight"): shape for name, shape in _matrices(model).items()}
     pairs = {}
     for module in modules:
         if module + B not in tensors:
             raise CheckpointError(f"{file} has {module}{A} but no {module}{B}")
-        a, b = tensors[module + A], tensors[module + B]
-        outputs, inputs = shapes[names[module]]
-        if (b.shape[0], *a.shape[1:]) != (outputs, inputs) or (a.shape[0],) != b.shape[1:]:
+        a, b, link = tensors[module + A], tensors[module + B], matrices[module]
+        outputs, inputs = link.shape
+        rank = a.shape[0] if a.shape else 0
+        if not rank or a.shape != (rank, inputs) or b.shape != (outputs, rank):
             raise CheckpointError(
                 f"{file}: {module} has A {list(a.shape)} and B {list(b.shape)}, the matrix is {[outputs, inputs]}"
             )
-        pairs[names[module]] = Pair(a, b, _scale(module, a.shape[0], fields, tensors))
+        try:
+            scale = _scale(module, rank, fields, tensors)
+        except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError, re.error) as error:
+            raise CheckpointError(
+                f"{file}: no scale of {module} follows from its alpha and {METADATA}: {error}"
+            ) from error
+        pairs[link.names[0].removesuffix(".weight")] = Pair(a, b, scale)
     stat = file.stat()
     return Adapter(model, pairs, file, f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}")
 
@@ -200,28 +212,8 @@ def _sum(weight: LazyTensor, pair: Pair) -> LazyTensor:
     return replace(weight, fetch=rows, key="")
 
 
-def _matrices(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of everything in model space that is a matrix."""
-    return {name: shape for link in links(model, INFERENCE) for name, shape in [(link.names[0], link.shape)]}
-
-
-def _metadata(file: Path) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig that the file carries; none where diffusers infers them too."""
-    with safe_open(file, "pt") as opened:
-        text = (opened.metadata() or {}).get(METADATA)
-    if text is None:
-        return {}
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: its {METADATA} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file}: its {METADATA} is no object")
-    return fields
-
-
 def _scale(module: str, rank: int, fields: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> float:
-    """alpha / rank of one matrix: its own tensor, else the metadata's, else 1."""
+    """alpha / rank of one matrix: its own tensor, else the metadata's, else 1; raises what malformed fields raise."""
     if module + ALPHA in tensors:
         return float(tensors[module + ALPHA].read()) / rank
     alpha = fields.get("lora_alpha", rank)
@@ -229,4 +221,7 @@ def _scale(module: str, rank: int, fields: Mapping[str, Any], tensors: Mapping[s
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break  # the first that matches
-    return float(alpha) / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+    scale = float(alpha) / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+    if not math.isfinite(scale):
+        raise ValueError(f"alpha {alpha} is not finite")
+    return scale

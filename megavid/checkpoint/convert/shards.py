@@ -82,7 +82,7 @@ def open_shards(folder: Path, files: OpenFiles) -> dict[str, LazyTensor]:
     names = sorted(set(index.values())) if index is not None else [_only_file(folder).name]
     tensors: dict[str, LazyTensor] = {}
     for name in names:
-        for key, tensor in open_file(folder / name, files).items():
+        for key, tensor in open_file(folder / name, files)[0].items():
             if key in tensors:
                 raise CheckpointError(f"{folder}: tensor {key} is in {tensors[key].where} and in {name}")
             tensors[key] = tensor
@@ -125,8 +125,8 @@ def _only_file(folder: Path) -> Path:
     raise CheckpointError(f"{folder} has no safetensors file{why}")
 
 
-def open_file(path: Path, files: OpenFiles) -> dict[str, LazyTensor]:
-    """The tensors of one safetensors file, once its header was found to describe all of its bytes.
+def open_file(path: Path, files: OpenFiles) -> tuple[dict[str, LazyTensor], Mapping[str, Any]]:
+    """The tensors of one safetensors file, once its header was found to describe all of its bytes; and its metadata.
 
     Raises:
         CheckpointError: missing, cut off, too long, or damaged.
@@ -139,7 +139,9 @@ def open_file(path: Path, files: OpenFiles) -> dict[str, LazyTensor]:
                 raise CheckpointError(f"{path} has {size} bytes, fewer than its header: it was cut off, or is damaged")
             content = file.read(length)
     header = _decode_header(content, path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: its __metadata__ is {metadata!r}: it is damaged or no safetensors file")
     tensors, end, base = {}, 0, 8 + length
     entries = sorted(header.items(), key=lambda item: _offsets(item[0], item[1], path))
     for key, entry in entries:
@@ -160,7 +162,7 @@ def open_file(path: Path, files: OpenFiles) -> dict[str, LazyTensor]:
             )
     if base + end != size:
         raise CheckpointError(f"{path} has {size} bytes, its header accounts for {base + end}: it is damaged")
-    return tensors
+    return tensors, metadata
 
 
 def _tensor(
