@@ -1,7 +1,7 @@
 """Every error that megavid raises on purpose, each with the exit status of the command line.
 
-Owns the classes, the exit codes and how a job's script hears one, nothing else. A message says what, what was got, the
-limit, and where to change it, in one line.
+Owns the classes, the exit codes, how an error travels as plain data and how a job's script hears one, nothing else. A
+message says what, what was got, the limit, and where to change it, in one line.
 """
 
 import os
@@ -67,3 +67,14 @@ def tell_job(status: int) -> None:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(descriptor, f"{status}\n".encode())
         os.close(descriptor)
+
+
+def kind_of(error: MegavidError) -> str:
+    """The name of an error's class, of the nearest one here for a class of another module; see ``named``."""
+    return next(base.__name__ for base in type(error).__mro__ if base.__module__ == __name__)
+
+
+def named(kind: str, text: str, default: type[MegavidError]) -> MegavidError:
+    """The error that was told as its ``kind_of`` and its text; a ``default`` where there is no such class."""
+    known = globals().get(kind)
+    return (known if isinstance(known, type) and issubclass(known, MegavidError) else default)(text)

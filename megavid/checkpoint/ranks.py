@@ -8,13 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from megavid.errors import CheckpointError, MegavidError, StorageError, Superseded
-
-_KINDS: dict[str, type[MegavidError]] = {
-    "CheckpointError": CheckpointError,
-    "StorageError": StorageError,
-    "Superseded": Superseded,
-}
+from megavid.errors import MegavidError, StorageError, kind_of, named
 
 
 class Ranks(Protocol):
@@ -48,14 +42,14 @@ def packed(error: BaseException | None) -> list[str] | None:
     if error is None:
         return None
     if isinstance(error, MegavidError):
-        return [type(error).__name__, str(error)]
+        return [kind_of(error), str(error)]
     return ["StorageError", f"{type(error).__name__}: {error}"]
 
 
 def unpacked(told: list[str]) -> MegavidError:
     """The error that ``packed`` gave."""
     kind, text = told
-    return _KINDS.get(kind, StorageError)(text)
+    return named(kind, text, StorageError)
 
 
 def raise_first(told: list[list[str] | None]) -> None:

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megavid import errors
-from megavid.errors import ConfigError, MegavidError, RankLost
+from megavid.errors import ConfigError, MegavidError, RankLost, kind_of, named
 from megavid.parallel import cpu
 from megavid.parallel.parent import die_with_parent
 from megavid.parallel.rank_env import Device, RankEnv, first_host, init_distributed
@@ -201,7 +200,7 @@ def _attempt(entry: Callable[[RankEnv], None], env: RankEnv) -> Failure | None:
 
 
 def _failure_of(rank: int, error: MegavidError) -> Failure:
-    return Failure(rank, type(error).__name__, error.exit_code, str(error), time.monotonic())
+    return Failure(rank, kind_of(error), error.exit_code, str(error), time.monotonic())
 
 
 def _watch(ranks: list[_LocalRank]) -> list[Failure]:
@@ -243,10 +242,7 @@ def _raise_first(failures: list[Failure], passed_on: list[int], epitaphs: Mappin
         name = signal.Signals(first.exit_code).name
         raise RankLost(f"rank {first.rank} was killed by {name}{epitaphs[first.rank]}; the other ranks were ended")
     if first.kind:
-        known = vars(errors).get(first.kind)
-        if isinstance(known, type) and issubclass(known, MegavidError):
-            raise known(first.message)
-        error = MegavidError(first.message)
+        error = named(first.kind, first.message, MegavidError)
         error.exit_code = first.exit_code
         raise error
     sys.stderr.write(f"rank {first.rank} failed:\n{first.message}")

@@ -7,8 +7,10 @@ import pytest
 
 from megavid.checkpoint import Checkpoint, latest, load, resolve
 from megavid.checkpoint.inspect import describe
-from megavid.errors import CheckpointError
-from tests.support.checkpoint_world import fragments_of, load_world, run_ranks, save_world
+from megavid.checkpoint.ranks import agreed
+from megavid.data.sample import BadSample
+from megavid.errors import CheckpointError, ConfigError, DataError, MegavidError, StopRequested, StorageError
+from tests.support.checkpoint_world import ThreadRanks, fragments_of, load_world, run_ranks, save_world
 
 FILES = [
     "rank_00000.safetensors",
@@ -40,6 +42,27 @@ def _errors(folder: Path) -> list[str]:
     assert texts[0] == texts[1]
     assert "\n" not in texts[0]
     return texts
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (ConfigError("no"), ConfigError),
+        (BadSample("no", "s"), DataError),
+        (StopRequested("no"), StopRequested),
+        (OSError("no"), StorageError),
+    ],
+)
+def test_an_error_of_one_rank_is_the_same_kind_on_all(raised: Exception, told: type[MegavidError]) -> None:
+    def body(ranks: ThreadRanks) -> None:
+        with agreed(ranks):
+            if ranks.rank == 1:
+                raise raised
+
+    other, own = run_ranks(2, body)
+    assert type(other) is told
+    assert str(raised) in str(other)
+    assert isinstance(own, (told, OSError))
 
 
 @pytest.mark.parametrize("name", FILES)
