@@ -85,6 +85,8 @@ def main(argv: Sequence[str]) -> int:
     from megavid.plan.parameters import count
 
     dense, kind = open_dense(request)
+    for line in dense.notes:
+        print(line)
     result = upcycled(dense, request.how)
     counts, before = count(result.config), count(dense.config)
     print(
@@ -163,6 +165,6 @@ def open_dense(request: Request) -> "tuple[ModelSource, str]":
 
     weights = request.weights or "model"
     source = open_model(request.dense, weights=weights if request.weights else "")
-    if not request.weights and any(name.startswith("ema/") for name in source.extra):
+    if not request.weights and source.run.optimizer.ema_decay > 0:
         weights, source = "ema", open_model(request.dense, weights="ema")
     return source, {"model": "its weights", "ema": "the moving average of its weights"}[weights]

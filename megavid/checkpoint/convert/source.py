@@ -250,7 +250,7 @@ def _open_adapted(checkpoint: Checkpoint, weights: str) -> ModelSource:
     if weights == "model" and run.optimizer.ema_decay > 0:
         notes = (
             *notes,
-            f"{checkpoint.folder}: not in the target: the adapters' moving average; --ema takes it instead",
+            f"{checkpoint.folder}: not in the target: the adapters' moving average, which can be taken instead",
         )
     kept = [name for name in checkpoint.manifest.files if name not in NOT_KIT and not name.endswith(".safetensors")]
     return replace(
