@@ -22,7 +22,8 @@ Turn videos, images and captions into shards of latents that `megavid train` rea
 --data.kind shards --data.path SHARD_DIR.
 
 SOURCE is a folder of videos and images, the caption of NAME.mp4 in NAME.txt beside it, or a table (.jsonl, .parquet)
-with the columns path and caption, optionally start_s and end_s, and others (licence, ...), which are kept.
+with the columns path and caption, optionally start_s and end_s, and others (licence, ...), which are kept; names that
+shards use themselves (source, frames, height, width, key, hash, ...) are refused.
 
 The same command again keeps finished shards and makes the others. Several machines share the work with --num-ranks N
 and --rank 0 ... N-1, or as a Slurm job array or `srun` job, where both are found by themselves; the last one to end

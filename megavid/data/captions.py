@@ -12,6 +12,11 @@ from megavid.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from megavid.errors import DataError
 
 _OWN_COLUMNS = ("path", "caption", "start_s", "end_s")
+RESERVED_COLUMNS = (
+    "source", "frames", "height", "width", "video_frame_rate", "text_ids", "key", "frame_rate", "shape", "text_shape",
+    "dtype", "hash", "tokenizer", "known", "image_shape",
+)  # fmt: skip
+"""Names under which a shard says of a sample what ``prepare`` found out; a column of such a name would be lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ class SourceItem:
     end_s: float | None = None
     """Where it ends; None for the video's end."""
     fields: Mapping[str, object] = field(default_factory=dict)
-    """Other columns of the table (licence, source, filter scores, ...), kept in the shards."""
+    """Other columns of the table (licence, filter scores, ...), kept in the shards."""
 
     @property
     def is_image(self) -> bool:
@@ -41,7 +46,7 @@ def read_source(source: Path) -> list[SourceItem]:
         source: a folder of videos and images, searched with its subfolders, the caption of ``NAME.mp4`` in
             ``NAME.txt`` beside it; or a table, ``.jsonl`` (one object per line) or ``.parquet``, with a column
             ``path`` (relative ones count from the table's folder), and optionally ``caption``, ``start_s``,
-            ``end_s`` and any others.
+            ``end_s`` and any others but ``RESERVED_COLUMNS``.
 
     Raises:
         DataError: it is none of these, a row is malformed, or there is nothing in it.
@@ -108,6 +113,11 @@ def _parquet_rows(table: Path) -> Iterator[tuple[str, object]]:
 def _row_item(row: object, where: str, folder: Path) -> SourceItem:
     match row:
         case {"path": str(path), **rest}:
+            if taken := [name for name in RESERVED_COLUMNS if name in rest]:
+                raise DataError(
+                    f"{where}: shards have {', '.join(taken)} of their own; rename, such as {taken[0]} to "
+                    f"source_{taken[0]}. Taken names: {', '.join(RESERVED_COLUMNS)}"
+                )
             caption = rest.get("caption")
             start, end = rest.get("start_s") or 0.0, rest.get("end_s")
             if not isinstance(caption, str | None):

@@ -1,6 +1,8 @@
 """``megavid prepare`` and ``megavid inspect`` from end to end: clips in, shards out, again, shared, damaged."""
 
 import json
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from megavid.cli.main import main
+from megavid.data.captions import RESERVED_COLUMNS
 from megavid.data.clips import ClipRules
 from megavid.data.prepare import prepare
 from megavid.data.prepare_shard import PrepareOptions
@@ -75,6 +78,14 @@ def test_clips_become_samples(source: Path, tmp_path: Path) -> None:
     decoded = tokenizer_of_spec(shards.tokenizer).decode(sample.latents_CFHW)
     assert abs(float(real.mean()) - float(decoded.mean())) < 3
     assert psnr(decoded[:1], decoded[1:2]) < 60  # it moves
+
+
+def test_what_a_shard_says_of_a_sample_is_refused_as_a_column(source: Path, tmp_path: Path) -> None:
+    prepare(source, tmp_path / "out", replace(options(16), known="first", image_encoder="colours-8x4"))
+    with tarfile.open(tmp_path / "out" / "shard_00000.tar") as tar:
+        members = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
+        said = {key for member in members if member is not None for key in json.loads(member.read())}
+    assert said == {*RESERVED_COLUMNS, "caption", "start_s"}
 
 
 def test_features_of_captions_can_be_stored(source: Path, tmp_path: Path) -> None:

@@ -181,6 +181,10 @@ def test_a_table_keeps_its_other_columns(tmp_path: Path) -> None:
         ('{"path": "a", "caption": 3}', "caption must be text, got 3"),
         ('{"path": "a", "start_s": 2, "end_s": 1}', "start_s = 2 must be at least 0 and below end_s = 1"),
         ("", "holds no video or image"),
+        (
+            '{"path": "a", "licence": "CC0", "width": 640, "source": "web"}',
+            "clips.jsonl:1: .* source, width of their",
+        ),
     ],
 )
 def test_bad_tables_say_where(tmp_path: Path, row: str, message: str) -> None:
