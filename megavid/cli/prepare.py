@@ -153,18 +153,29 @@ def _bucket(text: str) -> tuple[int, int, int]:
 
 
 def _share(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Rank and number of ranks: from the options, a Slurm job array, or a Slurm job's tasks."""
+    """Rank and number of ranks: from the options, a Slurm job array, or the tasks of srun or torchrun.
+
+    Raises:
+        ConfigError: they would leave a part of the work to nobody.
+    """
     if (arguments.rank is None) != (arguments.num_ranks is None):
         raise ConfigError("--rank and --num-ranks go together")
     if arguments.num_ranks is not None:
         return arguments.rank, arguments.num_ranks
-    for rank, first, number in (
-        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT"),
-        ("SLURM_PROCID", "", "SLURM_NTASKS"),
-    ):
-        if rank in os.environ and number in os.environ:
-            return int(os.environ[rank]) - int(os.environ.get(first, "0")), int(os.environ[number])
-    return 0, 1
+    array = {name: os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "COUNT", "MIN", "MAX")}
+    if array["ID"] and array["COUNT"]:
+        count, first = int(array["COUNT"]), int(array["MIN"] or "0")
+        if int(array["MAX"] or first + count - 1) != first + count - 1:
+            raise ConfigError(
+                f"this job array has {count} tasks from {first} to {array['MAX']}, which leave numbers out: no task "
+                "would make their shards; submit the whole array again (finished shards are kept), or give --rank and "
+                "--num-ranks"
+            )
+        return int(array["ID"]) - first, count
+    from megavid.parallel.rank_env import RankEnv
+
+    env = RankEnv.detect()
+    return env.rank, env.world_size
 
 
 def _print(report: "PrepareReport", out: Path) -> None:

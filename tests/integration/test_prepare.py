@@ -19,6 +19,7 @@ from megavid.data.text import text_encoder_of_spec
 from megavid.data.tokenizer import psnr, tokenizer_of_spec
 from megavid.data.video import read_frames, write_png, write_video
 from megavid.errors import DataError
+from megavid.parallel.rank_env import STEP_VARIABLES
 
 RULES = ClipRules(((5, 32, 32),))
 
@@ -26,7 +27,7 @@ RULES = ClipRules(((5, 32, 32),))
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID"):
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -222,3 +223,29 @@ def test_slurm_arrays_are_found(source: Path, tmp_path: Path, monkeypatch: pytes
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
         assert main(["prepare", str(source), "--out", str(out), "--bucket", "5x32x32", "--shard-sources", "3"]) == 0
     assert json.loads((out / "dataset.json").read_text())["samples"] == 11
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
+            "SLURM_NTASKS = 8, but this process was not started by srun",
+        ),
+        (
+            {"ID": "5", "MIN": "5", "MAX": "17", "COUNT": "2"},
+            "2 tasks from 5 to 17, which leave numbers out",
+        ),
+    ],
+)
+def test_slurm_jobs_that_would_leave_work_to_nobody_are_refused(
+    source: Path, tmp_path: Path, environ: dict[str, str], message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in STEP_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name if name.startswith("SLURM") else f"SLURM_ARRAY_TASK_{name}", value)
+    assert main(["prepare", str(source), "--out", str(tmp_path / "out"), "--bucket", "5x32x32"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
