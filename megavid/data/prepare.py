@@ -11,7 +11,7 @@ writes dataset.json.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -107,17 +107,18 @@ def prepare(
             reports[task.number] = kept
             done += len(task.items)
     on_progress(done, total)
-    bad = 0
+    _refuse_too_many_bad(reports.values(), options.max_bad)
     for number, report in _run(todo, processes, lambda: on_progress(-1, total)):
         reports[number] = report
-        bad += len(report.bad)
-        if bad > options.max_bad:
-            last = report.bad[-1]
-            raise DataError(
-                f"{bad} items cannot be used, more than --max-bad {options.max_bad}; the last: {last.reason}"
-            )
+        _refuse_too_many_bad(reports.values(), options.max_bad)
     dataset = _finish(tasks, out, tokenizer.spec, text, condition)
     return PrepareReport(tuple(reports[number] for number in sorted(reports)), len(tasks), dataset)
+
+
+def _refuse_too_many_bad(reports: Iterable[ShardReport], max_bad: int) -> None:
+    bad = [item for report in reports for item in report.bad]
+    if len(bad) > max_bad:
+        raise DataError(f"{len(bad)} items cannot be used, more than --max-bad {max_bad}; the last: {bad[-1].reason}")
 
 
 def _run(tasks: Sequence[ShardTask], processes: int, on_item: Callable[[], None]) -> Iterator[tuple[int, ShardReport]]:

@@ -153,7 +153,7 @@ class ShardWriter:
                 f"{self.name}: sample {sample.key} has {sample.shape[0]} channels, its tokenizer "
                 f"{self.tokenizer.name} has {self.tokenizer.channels}"
             )
-        for tensor in (sample.latents_CFHW, sample.condition_CFHW, sample.image_LI):
+        for tensor in (sample.latents_CFHW, sample.text_LD, sample.condition_CFHW, sample.image_LI):
             if tensor is not None and not bool(tensor.isfinite().all()):
                 raise DataError(f"{self.name}: sample {sample.key} has latents or features that are not finite")
         condition_CFHW = sample.condition_CFHW

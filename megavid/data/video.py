@@ -96,7 +96,8 @@ def read_image(file: Path) -> Frames:
             orientation = image.getexif().get(0x0112, 1)
             turned = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
             return np.asarray(turned.convert("RGB"))[None]
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's readers raise all three for damaged files
+    # Pillow's readers raise the first three for damaged files, the last for pictures of too many pixels.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{file} cannot be read as an image: {error}") from error
 
 

@@ -147,8 +147,9 @@ def test_other_options_or_captions_are_refused(source: Path, tmp_path: Path) -> 
 
 def test_too_many_bad_items_stop_it(source: Path, tmp_path: Path) -> None:
     (source / "broken_too.mp4").write_bytes(b"nor this")
-    with pytest.raises(DataError, match="2 items cannot be used, more than --max-bad 1"):
-        prepare(source, tmp_path / "out", options(max_bad=1))
+    for _ in range(2):  # running it again forgives nothing
+        with pytest.raises(DataError, match="2 items cannot be used, more than --max-bad 1"):
+            prepare(source, tmp_path / "out", options(1, max_bad=1))
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 

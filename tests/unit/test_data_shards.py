@@ -112,6 +112,8 @@ def test_writer_refuses_what_could_not_be_read(tmp_path: Path) -> None:
         writer.add(make_sample(1, (5, 1, 8, 8)))
     with pytest.raises(DataError, match="not finite"):
         writer.add(Sample("nan", torch.full(IMAGE, torch.nan), "", 4.0))
+    with pytest.raises(DataError, match="not finite"):
+        writer.add(Sample("nan", torch.zeros(IMAGE), "", 4.0, torch.full((3, 4), torch.inf)))
     with pytest.raises(StorageError, match="cannot write"):
         ShardWriter(tmp_path / "shard_00000.tar.partial", "shard_00000", TOKENIZER)
 

@@ -228,3 +228,10 @@ def test_side_by_side_holds_the_last_frame_of_shorter_clips() -> None:
     video = side_by_side([[long, short]])
     assert video.shape == (4, 8, 20, 3)
     assert int(video[3, 0, -1, 0]) == 4
+
+
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_png(tmp_path / "big.png", np.zeros((32, 32, 3), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"big\.png cannot be read as an image: .*1024 pixels"):
+        read_image(tmp_path / "big.png")
