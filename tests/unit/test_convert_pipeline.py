@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
 
 from megavid.checkpoint.convert import LazyTensor, open_model, pipeline, write_model
 from megavid.checkpoint.convert.job import ConvertJob, ConvertRequest
@@ -17,7 +18,7 @@ from megavid.errors import ConfigError
 from megavid.inference import MegavidTransformer3DModel
 from tests.support.inference_world import to_inference
 from tests.support.tiny_world import tiny_config
-from tests.support.wan_folders import assert_same_files, save_wan
+from tests.support.wan_folders import assert_same_files, save_wan, tensors_in
 
 
 def make_base(folder: Path, **index: Any) -> Path:
@@ -219,6 +220,7 @@ def test_changed_base_is_copied_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"base": "nowhere"}, "--pipeline nowhere has no model_index.json"),
         ({"dtype": torch.bfloat16, "dtype_of": "low"}, "exclude each other"),
         ({"use_ema": True}, "has no moving average"),
+        ({"dtype_of": "low", "to": "megavid"}, "--dtype-of goes by the names of --to diffusers or original"),
     ],
 )
 def test_what_would_do_nothing_is_refused(
@@ -227,7 +229,7 @@ def test_what_would_do_nothing_is_refused(
     monkeypatch.chdir(tmp_path)
     save_wan(Path("high")), save_wan(Path("low"))
     with pytest.raises(Exception, match=match):
-        convert(Path("high"), Path("dst"), "diffusers", **options)
+        convert(Path("high"), Path("dst"), **{"to": "diffusers", **options})
     assert sorted(os.listdir()) == ["high", "low"]
 
 
@@ -236,6 +238,16 @@ def test_formats_of_another_folder_bring_a_trained_model_back_to_them(tmp_path: 
     write_model(open_model(tmp_path / "src"), tmp_path / "wide", to="megavid", dtype=torch.float32)
     convert(tmp_path / "wide", tmp_path / "dst", "diffusers", dtype_of=str(tmp_path / "src"))
     assert_same_files(tmp_path / "dst", tmp_path / "src")
+
+
+def test_formats_of_another_folder_leave_routers_in_fp32(tmp_path: Path) -> None:
+    MegavidTransformer3DModel.of_model(tiny_config("wan_moe").model).save_pretrained(tmp_path / "src")
+    half = {name: tensor.bfloat16() for name, tensor in tensors_in(tmp_path / "src").items()}
+    (tmp_path / "half").mkdir()
+    save_file(half, tmp_path / "half" / "x.safetensors")
+    convert(tmp_path / "src", tmp_path / "dst", "diffusers", dtype_of=str(tmp_path / "half"))
+    wide = {name for name, tensor in tensors_in(tmp_path / "dst").items() if tensor.dtype == torch.float32}
+    assert wide == {name for name in half if ".router." in name}
 
 
 def lazily(tensors: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:

@@ -233,6 +233,8 @@ def _refuse_unread(request: ConvertRequest, sources: Sequence[ModelSource]) -> N
         raise ConfigError("--optimizer and --lora exclude each other: the moments belong to the weights without it")
     if request.dtype is not None and request.dtype_of:
         raise ConfigError("--dtype and --dtype-of exclude each other")
+    if request.dtype_of and request.to == "megavid":
+        raise ConfigError("--dtype-of goes by the names of --to diffusers or original; with --to megavid give --dtype")
     if request.keep_optimizer and request.dtype is not None:
         raise ConfigError("--optimizer goes with the weights as stored; leave --dtype out")
 

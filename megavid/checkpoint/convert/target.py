@@ -143,7 +143,8 @@ def plan_target(
             raise ConfigError(
                 f"--dtype-of has no tensor {unknown[0]} ({len(unknown)} such); give a folder of this model"
             )
-        tensors = {name: tensor.to(dtype_of[name]) for name, tensor in tensors.items()}
+        fp32 = {link.other for link in links(source.config, TABLES[layout]) if matches(link.names[0], ALWAYS_FP32)}
+        tensors = {name: t if name in fp32 else t.to(dtype_of[name]) for name, t in tensors.items()}
     groups = _cut(tensors, max_shard_bytes)
     names = [tensor_file(0, n) if layout == "megavid" else _shard_name(n, len(groups)) for n in range(len(groups))]
     files = [
