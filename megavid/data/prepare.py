@@ -10,7 +10,6 @@ shard that is finished and was made from the same items in the same way is kept.
 writes dataset.json.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -31,13 +30,7 @@ from megavid.data.prepare_shard import (
     tokenizer_for,
 )
 from megavid.data.sample import ConditionSpec, TextSpec, TokenizerSpec
-from megavid.data.shard_format import (
-    DATASET_FILE,
-    DatasetInfo,
-    hash_of,
-    read_dataset,
-    to_json_bytes,
-)
+from megavid.data.shard_format import DatasetInfo, hash_of, to_json_bytes, write_aside
 from megavid.data.shard_writer import shard_name, write_dataset
 from megavid.data.text import (
     SentencePieceEncoder,
@@ -46,7 +39,7 @@ from megavid.data.text import (
     train_sentencepiece,
 )
 from megavid.data.tokenizer import latent_shape
-from megavid.errors import ConfigError, DataError, StorageError
+from megavid.errors import ConfigError, DataError
 
 VOCABULARY_FILE = "text.model"
 
@@ -170,17 +163,9 @@ def _text_spec(items: Sequence[SourceItem], out: Path, options: PrepareOptions) 
         return spec_of(Umt5Encoder(folder, options.text_length, options.device), str(folder.resolve()))
     model = train_sentencepiece(item.caption for item in items)
     file = out / VOCABULARY_FILE
-    try:
-        if not file.exists():
-            out.mkdir(parents=True, exist_ok=True)
-            # A name of its own: other ranks write the same file at the same time.
-            partial = file.with_name(f"{file.name}.{os.uname().nodename}.{os.getpid()}.partial")
-            partial.write_bytes(model)
-            partial.replace(file)
-        is_same = file.read_bytes() == model
-    except OSError as error:
-        raise StorageError(f"cannot write {file}: {error.strerror or error}") from error
-    if not is_same:
+    if not file.exists():
+        write_aside(file, model)
+    if file.read_bytes() != model:
         raise DataError(
             f"{file} was trained on other captions, so {out} holds another data set; choose another --out or delete it"
         )
@@ -218,10 +203,4 @@ def _finish(
         return None
     if not names:
         raise DataError(f"no clip was made; the first item: {next(r.bad[0].reason for r in reports if r and r.bad)}")
-    try:
-        return write_dataset(out, tokenizer, text, names, condition)
-    except StorageError:
-        # Two ranks that end at once write the same file; the slower one finds its partial file renamed already.
-        if (out / DATASET_FILE).exists():
-            return read_dataset(out)
-        raise
+    return write_dataset(out, tokenizer, text, names, condition)

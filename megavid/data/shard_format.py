@@ -17,6 +17,7 @@ them is of version 2, whose records have two members more.
 Owns the layout of these files and their reading as records; ``shard_writer`` writes them, ``shards`` reads samples.
 """
 
+import errno
 import hashlib
 import json
 import mmap
@@ -255,19 +256,29 @@ def hash_of(*payloads: bytes | mmap.mmap) -> str:
 
 
 def write_aside(file: Path, content: bytes) -> None:
-    """Write a small file whole or not at all.
+    """Write a small file whole or not at all, and return once it is on the disk; other processes may do the same.
 
     Raises:
         StorageError: storage failed.
     """
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f"{file.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # FUSE and CIFS cannot fsync a folder
+                raise
+        finally:
+            os.close(folder)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise StorageError(f"cannot write {file}: {error.strerror or error}; free space or change --out") from error
 
 

@@ -1,6 +1,7 @@
 """Shards: what is written is read back, by us and by tarfile, and no damage goes unseen."""
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from megavid.data.sample import BadSample, Sample, TokenizerSpec
+from megavid.data.shard_format import write_aside
 from megavid.data.shard_writer import ShardWriter, finished_shard, shard_name, write_dataset
 from megavid.data.shards import ShardSource
 from megavid.errors import DataError, StorageError
@@ -180,3 +182,19 @@ def test_more_shards_than_open_files(tmp_path: Path) -> None:
     for index in (*range(len(source)), 0, 50):
         assert source.read(index).shape == source.shape(index)
     source.close()
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def other_first(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            write_aside(tmp_path / "new" / "dataset.json", b"other")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", other_first)  # the second writer comes while the first one has its file open
+    write_aside(tmp_path / "new" / "dataset.json", b"longer content")
+    assert (tmp_path / "new" / "dataset.json").read_bytes() == b"longer content"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["dataset.json"]
