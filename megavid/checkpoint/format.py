@@ -3,9 +3,9 @@
 One folder per step::
 
     step_00000100/
-        rank_00000.safetensors      the boxes that rank 0 owned; rank_00000_01.safetensors, ... where they
-        are many index.json                  every tensor: dtype, shape, and its boxes with file and byte
-        offset state.json, run.toml        step, data position, random state; the resolved config
+        rank_00000.safetensors      the boxes that rank 0 owned; rank_00000_01.safetensors, ... where they are many
+        index.json                  every tensor: dtype, shape, and its boxes with file and byte offset
+        state.json, run.toml        step, data position, random state; the resolved config
         manifest.json               size and SHA-256 of every file above, step, layout, versions
         manifest.sha256             the digest of manifest.json (``sha256sum -c manifest.sha256`` checks it)
     latest                          beside the steps: a text file with the name of one of them

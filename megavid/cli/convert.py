@@ -31,7 +31,8 @@ usage: megavid convert SRC DST --to diffusers|megavid|original [options]
                      other layouts have them merged into the model)
   --dtype NAME       fp32, bf16 or fp16 matrices; norms, modulation, time embedder and routers stay fp32
                      (default: every tensor as it is stored)
-  --dtype-of DIR     every tensor in the number format that it has in DIR, such as the model a run began with
+  --dtype-of DIR     every tensor in the number format that it has in DIR, such as the model a run began with (not with
+                     --to megavid)
   --ema              the moving average of the weights instead of the weights
   --max-shard-size S begin a new file beyond this (5GB)
   --verify           run both models on seeded inputs before DST appears (needs memory for both, in fp32); fail if a
@@ -45,7 +46,8 @@ usage: megavid convert SRC DST --to diffusers|megavid|original [options]
   --lora-scale X     factor on that adapter (1)
 
 An interrupted conversion goes on with the same command. Nothing is overwritten, and an error leaves nothing behind.
-Beside the weights lies conversion.json: SHA-256 of every tensor on both sides, checked when they are read again.
+Beside the weights lies conversion.json (not with --to lora): SHA-256 of every tensor on both sides, checked when they
+are read again.
 
 Examples:
   megavid convert Wan2.1-T2V-14B-Diffusers/transformer wan_14b --to megavid --verify

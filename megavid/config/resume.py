@@ -16,7 +16,7 @@ MAY_CHANGE: dict[str, str] = {
     "train.micro_batch_size": "cuts the same global batch otherwise",
     "train.stop_at_step": "chained jobs",
     "train.steps": "may grow: the learning rate's horizon is optimizer.schedule_steps",
-    "train.init_from": "a path, read by the first start only",
+    "train.init_from": "a path, read by the first start only; of a run of adapters, where their base is looked for too",
     "train.deterministic": "the same numbers, in a pinned order",
     "train.ops": "the same numbers but for rounding",
     "train.backend": "the same numbers but for rounding; checkpoints are the same",
