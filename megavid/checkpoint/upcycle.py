@@ -30,7 +30,6 @@ there the expert weights are scaled instead.
 
 import math
 import re
-import threading
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -240,14 +239,12 @@ class _LastRead:
     """The dense matrix that was read last, whole: the experts of a layer take one part of it after another."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._tensor: LazyTensor | None = None
         self._value = torch.empty(0)
 
     def read(self, tensor: LazyTensor) -> Tensor:
         """The whole of a matrix; not to be written to."""
-        with self._lock:
-            if tensor is not self._tensor:
-                self._tensor, self._value = None, torch.empty(0)  # before the next one is read: one at a time
-                self._value, self._tensor = tensor.read(), tensor
-            return self._value
+        if tensor is not self._tensor:
+            self._tensor, self._value = None, torch.empty(0)  # before the next one is read: one at a time
+            self._value, self._tensor = tensor.read(), tensor
+        return self._value

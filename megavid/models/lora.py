@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from megavid.parallel import mcore
 from megavid.parallel.placement import Init, Piece, Placement, place, placement_of
+from megavid.plan.adapters import A, B
 
 if TYPE_CHECKING:
     from megavid.models.build import Build
-
-A, B = "lora_A.weight", "lora_B.weight"
-"""What adapters' tensors are called after their matrix, as in PEFT: [rank, input] and [output, rank]."""
 
 
 def is_adapter(name: str) -> bool:

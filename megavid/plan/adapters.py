@@ -9,6 +9,9 @@ from megavid.config.schema import LoraConfig, ModelConfig, RunConfig, require
 from megavid.plan.flops import forward_flops, model_flops
 from megavid.plan.parameters import Tensor, block_tensors
 
+A, B = "lora_A.weight", "lora_B.weight"
+"""What adapters' tensors are called after their matrix, as in PEFT: [rank, input] and [output, rank]."""
+
 
 def adapted_matrices(model: ModelConfig, lora: LoraConfig, layer: int) -> Iterator[Tensor]:
     """Matrices of block ``layer`` (from 0) that get an adapter."""
@@ -23,8 +26,8 @@ def adapter_tensors(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int
     for layer in range(model.num_layers):
         for matrix in adapted_matrices(model, lora, layer):
             stem, (outputs, inputs) = matrix.name.removesuffix("weight"), matrix.shape
-            shapes[f"{stem}lora_A.weight"] = (lora.rank, inputs)
-            shapes[f"{stem}lora_B.weight"] = (outputs, lora.rank)
+            shapes[stem + A] = (lora.rank, inputs)
+            shapes[stem + B] = (outputs, lora.rank)
     return shapes
 
 

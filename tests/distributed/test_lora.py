@@ -16,13 +16,14 @@ from megavid.checkpoint.convert.adapter import ADAPTER, saved_adapter
 from megavid.config.load import dump_toml
 from megavid.config.schema import RunConfig
 from megavid.diffusion.objective import FlowObjective
-from megavid.models.lora import A, B, is_adapter, lora_reference
+from megavid.models.lora import is_adapter, lora_reference
 from megavid.models.runner import build_engine, velocity_of
 from megavid.ops.compiled import why_not_compiled
 from megavid.ops.packs import clip_index
 from megavid.ops.philox import key_of, normal_box
 from megavid.parallel.engine import Engine
 from megavid.parallel.mesh import Mesh
+from megavid.plan.adapters import A, B
 from megavid.plan.layout import layout_of
 from tests.distributed.test_diffusers_twin import batch_of, fill
 from tests.distributed.test_layouts import compare

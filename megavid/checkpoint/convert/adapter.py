@@ -26,7 +26,7 @@ from megavid.checkpoint.files import replace_bytes, storage_errors
 from megavid.checkpoint.manifest import decode
 from megavid.config.schema import ModelConfig
 from megavid.errors import CheckpointError
-from megavid.plan.adapters import adapter_tensors
+from megavid.plan import adapters
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 """The file's name, where diffusers looks for it."""
@@ -34,7 +34,7 @@ PREFIX = "transformer."
 """Before every name: which part of a pipeline it belongs to."""
 METADATA = "lora_adapter_metadata"
 """Key of the file's metadata under which diffusers keeps the fields of PEFT's LoraConfig, as JSON."""
-A, B, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+A, B, ALPHA = f".{adapters.A}", f".{adapters.B}", ".alpha"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def saved_adapter(checkpoint: Checkpoint, weights: str) -> Adapter:
         CheckpointError: it has not those that its config asks for, or no moving average.
     """
     run = run_of(checkpoint, weights)
-    expected = {f"{weights}/{name}": shape for name, shape in adapter_tensors(run.model, run.lora).items()}
+    expected = {f"{weights}/{name}": shape for name, shape in adapters.adapter_tensors(run.model, run.lora).items()}
     saved = saved_tensors(checkpoint, OpenFiles())
     check_same_tensors(
         expected, {n: t for n, t in saved.items() if n.startswith(f"{weights}/")}, str(checkpoint.folder)

@@ -64,10 +64,10 @@ class LazyTensor:
         width = math.prod(self.shape[1:])
         return self.fetch(start * width, stop * width).view(stop - start, *self.shape[1:])
 
-    def blocks(self, start: int = 0, max_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-        """All elements from ``start`` on, in order, as 1-D tensors of at most ``max_bytes``."""
+    def blocks(self, max_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        """All elements, in order, as 1-D tensors of at most ``max_bytes``."""
         step = max(1, max_bytes // self.dtype.itemsize)
-        for first in range(start, self.numel, step):
+        for first in range(0, self.numel, step):
             yield self.fetch(first, min(first + step, self.numel))
 
     def viewed(self, shape: tuple[int, ...]) -> "LazyTensor":

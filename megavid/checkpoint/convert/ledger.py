@@ -148,12 +148,8 @@ class Ledger:
             self._thread.wait()
             self.record(key, digest.hexdigest())
 
-    def overall(self) -> str:
-        """One digest of all tensors, of the lines "digest  key" in order of key, as ``sha256sum`` prints them."""
-        return overall(self.digests)
-
 
 def overall(digests: Mapping[str, str]) -> str:
-    """One digest of many: of the lines "digest  name" in order of name."""
+    """One digest of many: of the lines "digest  name" in order of name, as ``sha256sum`` prints them."""
     lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

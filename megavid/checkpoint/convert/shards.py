@@ -54,12 +54,6 @@ class OpenFiles:
         self.read(path, start, data.numpy().data)
         return data.view(dtype)
 
-    def close(self) -> None:
-        """Close all."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
-
     def descriptor(self, path: Path) -> int:
         """The open file, valid until ``OPEN_FILES`` others were asked for."""
         if path in self._open:
