@@ -150,20 +150,20 @@ def _transformer_engine() -> Finding:
         return Finding(name, "off", "not installed", "megavid's own layers, in FP8 too; no fused attention of TE")
     trouble = why_not("transformer_engine.pytorch")
     if not trouble:
-        return Finding(name, "on", version, "megatron-core's fused Adam; layers stay megavid's own in this version")
-    effect = "left out: megavid's own layers and torch's Adam; pip uninstall transformer-engine where there is no CUDA"
+        return Finding(name, "on", version, "imports, and changes nothing: layers are megavid's own, AdamW is torch's")
+    effect = "left out, which changes nothing; pip uninstall transformer-engine where there is no CUDA"
     return Finding(name, "warn", f"{version}: {trouble}", effect)
 
 
 def _apex() -> Finding:
     version = version_of("apex")
     if not version:
-        return Finding("apex", "off", "not installed", "torch's Adam; no fused weight-gradient accumulation")
+        return Finding("apex", "off", "not installed", "nothing: AdamW is torch's fused one")
     trouble = why_not("apex.optimizers")
     if trouble:
         effect = "PyPI's apex is another project: pip uninstall apex, and build NVIDIA's from source (Dockerfile)"
         return Finding("apex", "warn", f"{version}: {trouble}", effect)
-    return Finding("apex", "on", version, "fused Adam and weight-gradient accumulation on GPUs")
+    return Finding("apex", "on", version, "imports, and changes nothing: AdamW is torch's fused one")
 
 
 def _deepspeed() -> Finding:

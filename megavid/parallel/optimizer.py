@@ -138,7 +138,7 @@ class ShardedAdamW(Updates):
         # 0.19.2): twice the traffic where a model has experts. Once, after the last part's update, is enough.
         for part in self._chained.chained_optimizers[:-1]:
             part.model_chunks = []
-        self._fuse_on_cpu()
+        self._take_torchs()
         self.shards = [self._with_state(*found) for found in self._owned()]
 
     @property
@@ -146,14 +146,21 @@ class ShardedAdamW(Updates):
         parts: list[Any] = self._chained.chained_optimizers
         return [part for part in parts if not part.is_stub_optimizer]
 
-    def _fuse_on_cpu(self) -> None:
-        """Let torch's AdamW update all tensors of a group in one call and one pass over memory, which on CPUs it does
-        not do by itself: it takes ten passes, tensor by tensor. On GPUs megatron-core's choice stands.
+    def _take_torchs(self) -> None:
+        """Put torch's fused AdamW in the place of megatron-core's choice: one call and one pass for all tensors.
+
+        That choice depends on what is installed: torch's, tensor by tensor, or FusedAdam of Transformer Engine or Apex,
+        which keep one count of steps for a group and do not see the one of ``set_updates`` (0.16.1 and 0.19.2).
         """
+        config = self.config
         for part in self._parts:
-            if self.mesh.device.type == "cpu" and isinstance(part.optimizer, torch.optim.AdamW):
-                for group in part.optimizer.param_groups:
-                    group["fused"] = True
+            groups = part.optimizer.param_groups
+            part.optimizer = torch.optim.AdamW(
+                [{"params": [], "wd_mult": group["wd_mult"]} for group in groups],
+                lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
+            )  # fmt: skip
+            for mine, group in zip(part.optimizer.param_groups, groups, strict=True):
+                mine["params"] = group["params"]  # not at once: views of fp32 parameters, which it would refuse
 
     def _owned(self) -> Iterator[tuple[Any, torch.nn.Parameter, int, Tensor]]:
         """(optimizer, parameter, start, master) of everything that this rank updates."""
@@ -171,7 +178,7 @@ class ShardedAdamW(Updates):
         state = part.optimizer.state[master]
         for name in MOMENTS:
             state[name] = torch.zeros_like(master)
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
         ema = torch.zeros_like(master.detach()) if self.config.ema_decay > 0 else None
         return Shard(parameter, start, master, state, ema)
 

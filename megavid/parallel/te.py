@@ -28,4 +28,4 @@ def probe() -> bool:
 
 
 HAS_TE: bool = probe()
-"""Transformer Engine is installed and imports: megatron-core takes its fused Adam; layers and FP8 are megavid's own."""
+"""Transformer Engine is installed and imports; layers, FP8 and AdamW are megavid's own and torch's all the same."""

@@ -6,6 +6,7 @@ load: one would hide an optimizer whose parameters share their count of steps.
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -92,3 +93,33 @@ def forget_the_steps(config: Any, folder: str) -> dict[str, Any]:
         return load_and_train(config, 1, folder, 3, 3)
     finally:
         ShardedAdamW.set_updates = original  # type: ignore[method-assign]
+
+
+class CountsInGroup(torch.optim.AdamW):
+    """As Transformer Engine's and Apex' FusedAdam: one count of steps for a group, whatever its tensors' state says."""
+
+    def __init__(self, params: Any, lr: float, adam_w_mode: bool = True, **options: Any) -> None:
+        super().__init__(params, lr, **options)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                self.state[parameter]["step"].fill_(group["step"] - 1)
+        super().step()
+
+
+def with_fused_adam(function: Any, *args: Any) -> Any:
+    """Job: ``function(*args)`` where megatron-core found FusedAdam."""
+    found = "megatron.core.optimizer"
+    with mock.patch(f"{found}.Adam", CountsInGroup), mock.patch(f"{found}.USING_PYTORCH_OPTIMIZER", False):
+        return function(*args)
+
+
+@pytest.mark.mcore
+def test_which_libraries_are_installed_changes_no_number(pool: RankPool, folder: Path) -> None:
+    want = saved(pool, folder, "fp32")
+    world, options = SOURCE
+    config = tiny_config("wan_moe", dtype="fp32", **options)
+    got = pool.run(world, with_fused_adam, load_and_train, config, world, str(folder / "fp32"), 3, 3)
+    assert got[0]["loss"] == want[0]["loss"]
