@@ -74,18 +74,20 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         """Take the hidden states that the pipeline received from the chunk before."""
         self.received = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, inputs: ModelInput, aux_scale: float = 0.0) -> Tensor:
+    def forward(self, inputs: ModelInput, aux_scale: float = 0.0, loss_scale: float = 1.0) -> Tensor:
         """Velocity of the patches given on the last chunk, [B, T, P] fp32 on every tensor-parallel rank; else hidden
         states.
 
         Args:
             inputs: noised packs and what they are conditioned on, the same on every stage: this rank's span of them.
             aux_scale: weight of one clip's router losses, 1 / clips of the global batch; 0 leaves them out.
+            loss_scale: what the backward pass multiplies every loss by, ``Engine.loss_scale``.
         """
         with region("token_index"):
             row_tB = self._own_tokens(inputs.row_BT.t())
         head_RD, modulation_R6D = self.timestep_embedder(inputs.timestep_R)
-        given = self._conditioning(inputs, modulation_R6D, row_tB, aux_scale)
+        tokens = self._token_info(inputs, row_tB, aux_scale, loss_scale)
+        given = self._conditioning(inputs, modulation_R6D, row_tB, tokens)
         if self.pre_process:
             x_tBD = self._embed_patches(inputs)
         else:
@@ -156,7 +158,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         return partial(attention, plans=tuple(AttnPlan.packed(pack) for pack in inputs.packs))
 
     @in_region("token_index")
-    def _token_info(self, inputs: ModelInput, row_tB: Tensor, aux_scale: float) -> TokenInfo:
+    def _token_info(self, inputs: ModelInput, row_tB: Tensor, aux_scale: float, loss_scale: float) -> TokenInfo:
         clip_tB = self._own_tokens(clip_index(inputs.packs, inputs.span).to(row_tB.device).t())
         lengths = [clip.tokens for pack in inputs.packs for clip in pack.clips]
         own = self.mesh.coordinate("tp") if self.mesh.is_sequence_parallel else 0
@@ -166,6 +168,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
             num_clips=len(lengths),
             tokens_of_clip_G=torch.tensor(lengths, device=row_tB.device),
             aux_scale=aux_scale,
+            loss_scale=loss_scale,
             draw_B=tuple(pack.clips[0].draw if pack.clips else -1 for pack in inputs.packs),
             first_token=inputs.span.start + own * len(clip_tB),
         )
@@ -179,7 +182,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         return Prompts(text_LGD, self.image_embedder(inputs.image_GLI), inputs.has_image_G)
 
     def _conditioning(
-        self, inputs: ModelInput, modulation_R6D: Tensor, row_tB: Tensor, aux_scale: float
+        self, inputs: ModelInput, modulation_R6D: Tensor, row_tB: Tensor, tokens: TokenInfo
     ) -> Conditioning:
         model, device = self.model, modulation_R6D.device
         wide_dtype = torch.float64 if modulation_R6D.dtype == torch.float64 else torch.float32
@@ -195,7 +198,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
             prompts=self._prompts(inputs),
             cos=cos,
             sin=sin,
-            tokens=self._token_info(inputs, row_tB, aux_scale),
+            tokens=tokens,
         )
 
 

@@ -81,6 +81,11 @@ class Engine(Generic[Microbatch]):
         return self
 
     @property
+    def loss_scale(self) -> float:
+        """What the backward pass must multiply every loss by, so that gradients come out as sums over the batch."""
+        return 1.0
+
+    @property
     def updates(self) -> Updates:
         """The optimizer; an error of the caller where the engine was built without one."""
         assert self.optimizer is not None, "this engine was built for inference"

@@ -49,6 +49,11 @@ class ZeroEngine(Engine[Microbatch]):
         self.optimizer, self._running = self.zero, [self.zero.engine]
         return self
 
+    @property
+    def loss_scale(self) -> float:
+        """Ranks: its gradients are means over them; a loss has the whole batch's denominator already."""
+        return float(self.mesh.size("dp"))
+
     @in_region("schedule")
     def _schedule(
         self,
@@ -67,8 +72,7 @@ class ZeroEngine(Engine[Microbatch]):
             part, keep = loss(batch, forward(engine, batch))
             kept.append(keep)
             if not forward_only:
-                # Its gradients are means over ranks; the loss has the whole batch's denominator already.
-                engine.backward(part * self.mesh.size("dp"), scale_wrt_gas=False)
+                engine.backward(part * self.loss_scale, scale_wrt_gas=False)
         return kept
 
 

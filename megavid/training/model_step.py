@@ -79,7 +79,7 @@ def train_step(
         elements, clips = mesh.sum(local, over="dp").tolist()
 
     def forward(chunk: Any, noised: Noised) -> Tensor:
-        result: Tensor = chunk(noised.input, aux_scale=1.0 / clips)
+        result: Tensor = chunk(noised.input, aux_scale=1.0 / clips, loss_scale=engine.loss_scale)
         return result
 
     def loss_of(noised: Noised, velocity_BTP: Tensor) -> tuple[Tensor, Tensor]:

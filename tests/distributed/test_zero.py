@@ -76,6 +76,15 @@ def test_steps_on_two_ranks_are_those_of_the_native_engine_on_one(
         compare(assemble([told[part] for told in ranks]), assemble([native[part]]), absolute)
 
 
+def test_router_losses_count_the_same(pool: RankPool) -> None:
+    """They hang on the graph by themselves, past the loss that is scaled for ZeRO's means over ranks."""
+    config = tiny_config(moe={"router": "softmax", "aux_loss_weight": 0.1, "z_loss_weight": 1e-2})
+    (native,) = pool.run(1, train, config, 1, STEPS)
+    ranks = pool.run(2, anew, train, zero(config, 2), 2, STEPS)
+    compare(assemble([told["first"] for told in ranks]), assemble([native["first"]]), 1e-8)  # gradients
+    assert ranks[0]["norm"] == pytest.approx(native["norm"], rel=tolerance.GRAD_NORM_FP32)
+
+
 def save_and_load(config: RunConfig, world: int, mine: str, theirs: str) -> dict[str, Any]:
     """Job: two steps, save, two more; back to what was saved, in place, and again; then from another checkpoint."""
     with Mesh.open(layout_of(config, world)) as mesh:

@@ -99,7 +99,7 @@ class Router(nn.Module):
         aux, z = self._losses(logits_TE, scores_TE, map_TE, info)
         if torch.is_grad_enabled() and (aux.requires_grad or z.requires_grad):
             loss = self.moe.aux_loss_weight * aux + self.moe.z_loss_weight * z
-            probs_TE = _AttachLoss.apply(probs_TE, loss)  # type: ignore[no-untyped-call]
+            probs_TE = _AttachLoss.apply(probs_TE, loss * info.loss_scale)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
         return Routing(probs_TE, map_TE, shares_TE, counts_QE, aux.detach(), z.detach())

@@ -22,6 +22,7 @@ class TokenInfo:
         num_clips: G.
         tokens_of_clip_G: tokens of each whole clip, on all ranks together, int64.
         aux_scale: weight of one clip's router losses, 1 / clips of the global batch; 0 leaves the losses out.
+        loss_scale: what the backward pass multiplies every loss by, ``Engine.loss_scale``.
         draw_B: draw of each pack's first clip, -1 for a pack without one: what the pack is known by in any layout.
         first_token: the first of these tokens in their packs.
     """
@@ -31,6 +32,7 @@ class TokenInfo:
     num_clips: int
     tokens_of_clip_G: Tensor
     aux_scale: float
+    loss_scale: float = 1.0
     draw_B: tuple[int, ...] = ()
     first_token: int = 0
 
