@@ -118,35 +118,28 @@ def preflight_rank(request: Request, config: RunConfig, layout: Layout, device: 
     Raises:
         BadHosts: on every rank, some host is slow or broken.
     """
-    import torch.distributed as dist
-
     from megavid.cluster.preflight import examine, write_calibration
-    from megavid.parallel.launch import init_distributed
-    from megavid.parallel.mesh import Mesh
+    from megavid.parallel.world import open_mesh
 
     began = time.perf_counter()
-    init_distributed(env, device, timeout_s=90.0)
-    try:
-        with Mesh.open(layout, device, config.train.seed) as mesh:
-            dist.barrier()  # all begin together, or the first ones would have the machine's network to themselves
-            if mesh.is_main:
-                print(f"measuring {mesh.world_size} ranks for about {request.seconds:g} s", flush=True)
-            facts = examine(mesh, request.seconds / 2)
-            findings = judge(facts, request.limits)
-            folder = request.out / "slurm"
-            if mesh.is_main:
-                folder.mkdir(parents=True, exist_ok=True)
-                write(folder, facts, findings)
-                print(report(facts, layout), flush=True)
-            file = folder / "calibration.json"
-            is_written = not findings and write_calibration(mesh, file, request.seconds / 2)
-            if is_written and mesh.is_main:
-                print(f"written: {file} (kernels and links, for `megavid plan --calibration`)")
-            if mesh.is_main:
-                print(f"preflight of {mesh.world_size} ranks took {time.perf_counter() - began:.0f} s", flush=True)
-            dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    with open_mesh(config, layout, device, env, timeout_s=90.0) as mesh:
+        mesh.barrier()  # all begin together, or the first ones would have the machine's network to themselves
+        if mesh.is_main:
+            print(f"measuring {mesh.world_size} ranks for about {request.seconds:g} s", flush=True)
+        facts = examine(mesh, request.seconds / 2)
+        findings = judge(facts, request.limits)
+        folder = request.out / "slurm"
+        if mesh.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder, facts, findings)
+            print(report(facts, layout), flush=True)
+        file = folder / "calibration.json"
+        is_written = not findings and write_calibration(mesh, file, request.seconds / 2)
+        if is_written and mesh.is_main:
+            print(f"written: {file} (kernels and links, for `megavid plan --calibration`)")
+        if mesh.is_main:
+            print(f"preflight of {mesh.world_size} ranks took {time.perf_counter() - began:.0f} s", flush=True)
+        mesh.barrier()
     if findings:
         words = "; ".join(f"{found.host} is {found.kind}: {found.words}" for found in findings)
         raise BadHosts(f"{words}; they stand in {request.out / 'slurm' / 'exclude'}")

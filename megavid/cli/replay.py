@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
     from megavid.parallel.launch import run_local_ranks
     from megavid.training.replay import recorded, replay_rank, routing_of
-    from megavid.training.run import local_device, set_deterministic
+    from megavid.training.run import local_device
 
     what = recorded(folder, step)
     record = routing_of(folder, step) if routing else None
@@ -74,8 +74,6 @@ def main(argv: Sequence[str]) -> int:
     device = local_device(num_ranks)
     if num_ranks > 1:
         torch.set_num_threads(1)  # a pool of threads does not survive the fork of the ranks
-    if config.train.deterministic and device == "cuda":
-        set_deterministic()
     finish = functools.partial(_finish, what, layout.describe(), config)
     entry = functools.partial(replay_rank, config, layout, device, what, finish, routing=record)
     run_local_ranks(entry, num_ranks, device)

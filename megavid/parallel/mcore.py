@@ -98,6 +98,7 @@ with warnings.catch_warnings(), _nothing_compiled():
     )
 
 __all__ = [
+    "COLLECTIVE_S",
     "HAS_TE",
     "ChainedOptimizer",
     "ColumnParallelLinear",
@@ -137,6 +138,9 @@ __all__ = [
     "without_weight_decay",
 ]
 
+COLLECTIVE_S = 600.0
+"""Limit of the rendezvous and of every collective where no other is given."""
+
 # Names that moe_utils of 0.16.1 imports only with Transformer Engine and then uses: NameError in the router's backward
 # without them, on GPUs too. 0.19 sets them to None itself.
 TE_NAMES_OF_MOE_UTILS = (
@@ -154,12 +158,13 @@ def version() -> tuple[int, int, int]:
     return (major, minor, patch)
 
 
-def open_groups(layout: Layout, *, seed: int = 0) -> Any:
+def open_groups(layout: Layout, *, seed: int = 0, timeout_s: float = COLLECTIVE_S) -> Any:
     """Create every process group of ``layout`` and megatron-core's random streams.
 
     Args:
         layout: its world size must be that of ``torch.distributed``, which is initialised.
         seed: of megatron-core's own random streams (dropout); megavid's own numbers do not come from them.
+        timeout_s: limit of every collective of these groups.
 
     Returns:
         A ``ProcessGroupCollection`` with every field of the installed version set, among them tp, cp, pp, dp, dp_cp,
@@ -179,6 +184,7 @@ def open_groups(layout: Layout, *, seed: int = 0) -> Any:
             expert_tensor_parallel_size=layout.etp,
             # Only megatron-core's own checkpoint format uses a second, gloo, set of groups.
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_s / 60.0,
         )
     model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()

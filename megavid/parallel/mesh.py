@@ -35,22 +35,25 @@ class Mesh:
 
     @classmethod
     @contextmanager
-    def open(cls, layout: Layout, device: str = "cpu", seed: int = 0) -> "Iterator[Mesh]":
+    def open(
+        cls, layout: Layout, device: str = "cpu", seed: int = 0, timeout_s: float = mcore.COLLECTIVE_S
+    ) -> "Iterator[Mesh]":
         """Create every process group of ``layout`` on the ranks of the running world, and close them at the end.
 
         Args:
             layout: its world size must be that of ``torch.distributed``.
             device: "cpu" (gloo) or "cuda" (nccl).
             seed: of megatron-core's own random streams; megavid's numbers come from ``megavid.ops.philox``.
+            timeout_s: limit of every collective of its groups.
         """
         assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout.world_size)
         if device == "cpu":
             cpu.install()
         rank = dist.get_rank()
         target = torch.device("cpu") if device == "cpu" else torch.device("cuda", torch.cuda.current_device())
-        groups = mcore.open_groups(layout, seed=seed)
+        groups = mcore.open_groups(layout, seed=seed, timeout_s=timeout_s)
         try:
-            context = open_context_groups(layout, rank, groups.cp)
+            context = open_context_groups(layout, rank, groups.cp, timeout_s)
             try:
                 yield cls(layout, rank, target, groups, layout.coordinates(rank), context)
             finally:

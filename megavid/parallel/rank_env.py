@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megavid.errors import ConfigError, MegavidError
 from megavid.parallel import cpu
+from megavid.parallel.mcore import COLLECTIVE_S
 
 Device = Literal["cpu", "cuda"]
 
@@ -133,7 +134,7 @@ def first_host(nodes: str) -> str:
     return f"{prefix}{number or ''}{suffix}"
 
 
-def init_distributed(env: RankEnv, device: Device, timeout_s: float = 600.0) -> None:
+def init_distributed(env: RankEnv, device: Device, timeout_s: float = COLLECTIVE_S) -> None:
     """Start ``torch.distributed`` on this rank: gloo on CPUs, NCCL on GPUs.
 
     Args:

@@ -5,7 +5,6 @@ Owns the models that are timed, the ranks that time them, and their order. What 
 machine do.
 """
 
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -17,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megavid.config.schema import DataConfig, ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainConfig
 from megavid.diffusion.objective import FlowObjective
 from megavid.errors import MegavidError
 from megavid.models.runner import build_engine
 from megavid.ops.packs import Clip, LatentBatch, Pack
-from megavid.parallel.launch import RankEnv, init_distributed, run_local_ranks
+from megavid.parallel.launch import RankEnv, run_local_ranks
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.parent import die_with_parent
+from megavid.parallel.world import open_world
 from megavid.plan.calibration import Calibration, save_probe
 from megavid.plan.hardware import Hardware
 from megavid.plan.layout import Layout, layout_of, microbatches_of_step
@@ -223,9 +222,7 @@ def _launch(job: Callable[[RankEnv], Any], ranks: int, pipe: Any, parent: int) -
     torch.set_num_threads(1)
 
     def entry(env: RankEnv) -> None:
-        with contextlib.ExitStack() as stack:
-            init_distributed(env, "cpu")
-            stack.callback(dist.destroy_process_group)
+        with open_world(env):
             result = job(env)
             if env.is_main:
                 pipe.send(("done", result))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
@@ -26,8 +25,9 @@ from megavid.diffusion.objective import FlowObjective
 from megavid.models.runner import build_engine
 from megavid.ops.regions import region, regions_on
 from megavid.parallel.engine import Engine
-from megavid.parallel.launch import Device, RankEnv, init_distributed
+from megavid.parallel.launch import Device, RankEnv
 from megavid.parallel.mesh import Mesh
+from megavid.parallel.world import open_mesh
 from megavid.plan.layout import Layout
 from megavid.profiling.attribution import STEP, split_steps
 from megavid.profiling.attribution_gpu import split_steps_of_gpu
@@ -90,10 +90,7 @@ def profile_rank(
         finish: called with the ``Profile`` on rank 0.
         env: who this rank is.
     """
-    with contextlib.ExitStack() as stack:
-        init_distributed(env, device)
-        stack.callback(dist.destroy_process_group)
-        mesh = stack.enter_context(Mesh.open(layout, device, config.train.seed))
+    with open_mesh(config, layout, device, env) as mesh:
         session = Session(config, mesh, settings, out)
         profile = Profile(layout, device, peak_of(config, mesh))
         with session:

@@ -3,14 +3,11 @@
 Owns finding where to begin, the layout that a step was recorded in, and the comparison with the recorded row.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from megavid.checkpoint import Checkpoint, list_steps, resolve
 from megavid.checkpoint.format import step_name, step_of
@@ -20,8 +17,9 @@ from megavid.data.loader import Loader
 from megavid.diffusion.objective import FlowObjective
 from megavid.errors import DataError
 from megavid.models.runner import build_engine
-from megavid.parallel.launch import Device, RankEnv, init_distributed
+from megavid.parallel.launch import Device, RankEnv
 from megavid.parallel.mesh import Mesh
+from megavid.parallel.world import open_mesh
 from megavid.plan.layout import Layout
 from megavid.training.loop import agreed_base, load_or_initialize
 from megavid.training.metrics import read_rows
@@ -148,10 +146,7 @@ def replay_rank(
         env: who this rank is.
         routing: the run's record of it, to be forced; None where routers choose for themselves.
     """
-    with contextlib.ExitStack() as stack:
-        init_distributed(env, device, config.watchdog.longest_s + 60.0)
-        stack.callback(dist.destroy_process_group)
-        mesh = stack.enter_context(Mesh.open(layout, device, config.train.seed))
+    with open_mesh(config, layout, device, env) as mesh:
         forced: list[RecordedRouting] = []
 
         def force(engine: Any) -> None:

@@ -5,17 +5,15 @@ Owns what has to be set up before a mesh, and who holds the lock of the run's fo
 
 import contextlib
 import errno
-import os
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
 from megavid.checkpoint.ranks import agreed
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError, StopRequested, StorageError, Superseded
-from megavid.parallel.launch import Device, RankEnv, init_distributed
-from megavid.parallel.mesh import Mesh
+from megavid.parallel.launch import Device, RankEnv
+from megavid.parallel.world import open_mesh
 from megavid.plan.layout import Layout
 from megavid.profiling.collectives import names_of
 from megavid.training.flight import FlightRecorder
@@ -52,15 +50,10 @@ def run_rank(
         env: who this rank is.
         takes_over: replace another start that holds the folder; read where rank 0 takes the lock.
     """
-    if config.train.deterministic and device == "cuda":
-        set_deterministic()
     with contextlib.ExitStack() as stack:
         if start is None and env.is_main:
             stack.enter_context(RunLock(run_dir.path, takes_over=takes_over))
-        # Longer than the watchdog's limits, which say who is to blame; a collective's own limit does not.
-        init_distributed(env, device, config.watchdog.longest_s + 60.0)
-        stack.callback(dist.destroy_process_group)
-        mesh = stack.enter_context(Mesh.open(layout, device, config.train.seed))
+        mesh = stack.enter_context(open_mesh(config, layout, device, env))
         if start is None:
             with agreed(mesh):
                 found = run_dir.decide(config, resume_step=resume_step) if mesh.is_main else None
@@ -121,11 +114,3 @@ def local_device(num_ranks: int) -> Device:
             "CUDA_VISIBLE_DEVICES to nothing for CPU ranks"
         )
     return "cuda"
-
-
-def set_deterministic() -> None:
-    """Have CUDA, cuBLAS and NCCL give the same bits every time; call it before CUDA starts."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "Ring")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False

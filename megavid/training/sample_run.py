@@ -3,14 +3,12 @@
 Owns what is asked for, which config that gives, and the files that come out.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megavid.checkpoint import Checkpoint, resolve
@@ -26,8 +24,9 @@ from megavid.diffusion.samplers import SamplerKind
 from megavid.errors import ConfigError, StorageError
 from megavid.models.runner import build_engine
 from megavid.parallel.engine import Engine
-from megavid.parallel.launch import Device, RankEnv, init_distributed
+from megavid.parallel.launch import Device, RankEnv
 from megavid.parallel.mesh import Mesh
+from megavid.parallel.world import open_mesh
 from megavid.plan.layout import Layout
 from megavid.training.kit import ClipSize, SamplingKit
 from megavid.training.resume import config_of, has_average, load_weights
@@ -185,10 +184,7 @@ def load_engine(checkpoint: Checkpoint, config: RunConfig, mesh: Mesh, weights: 
 def sample_rank(job: SampleJob, layout: Layout, device: Device, env: RankEnv) -> None:
     """One rank of the job; rank 0 writes the files."""
     request = job.request
-    with contextlib.ExitStack() as stack:
-        init_distributed(env, device)
-        stack.callback(dist.destroy_process_group)
-        mesh = stack.enter_context(Mesh.open(layout, device, request.seed))
+    with open_mesh(job.config, layout, device, env) as mesh:
         engine = load_engine(job.checkpoint, job.config, mesh, request.weights)
         settings = SamplerSettings(request.steps, request.guidance, request.seed, request.sampler, request.negative)
         prompts = prompts_of(job)

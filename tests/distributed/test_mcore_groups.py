@@ -1,6 +1,8 @@
 """The process groups that megatron-core makes of a layout are those that ``Layout.coordinates`` says."""
 
+import inspect
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megavid.parallel import mcore
-from megavid.plan.layout import Layout
+from megavid.parallel.mesh import Mesh
+from megavid.plan.layout import Layout, layout_of
 from tests.support.ranks import RankPool
+from tests.support.tiny_world import tiny_config
 
 FIELDS = {
     "tp": ("tp",), "cp": ("cp",), "dp": ("dp",), "pp": ("pp",), "ep": ("ep",), "expt_tp": ("etp",), "expt_dp": ("edp",),
@@ -104,6 +108,21 @@ def test_groups_agree_with_layout_coordinates(pool: RankPool, world: int, every:
 )
 def test_groups_of_real_ranks_communicate(pool: RankPool, layout: Layout) -> None:
     assert pool.run(layout.world_size, sums_over_groups, layout) == [[]] * layout.world_size
+
+
+def limits_of_groups(layout: Layout) -> set[float]:
+    """Seconds that each group was made with."""
+    with mock.patch.object(dist, "new_group", wraps=dist.new_group) as make, Mesh.open(layout, timeout_s=2460.0):
+        pass
+    bound = [inspect.signature(dist.new_group).bind(*call.args, **call.kwargs).arguments for call in make.mock_calls]
+    return {arguments["timeout"].total_seconds() for arguments in bound}
+
+
+@pytest.mark.mcore
+def test_every_group_has_the_limit_that_is_asked_for(pool: RankPool) -> None:
+    """megatron-core's own is half an hour, which a watchdog that waits longer never outlives."""
+    layout = layout_of(tiny_config(context=4, context_strategy="hybrid"), 4)
+    assert pool.run(4, limits_of_groups, layout) == [{2460.0}] * 4
 
 
 @pytest.mark.mcore

@@ -4,6 +4,7 @@ Owns the two groups and this rank's place in them. What travels in them is ``exc
 """
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -45,7 +46,9 @@ class ContextGroups:
             dist.destroy_process_group(group)
 
 
-def open_context_groups(layout: Layout, rank: int, cp_group: dist.ProcessGroup | None) -> ContextGroups:
+def open_context_groups(
+    layout: Layout, rank: int, cp_group: dist.ProcessGroup | None, timeout_s: float
+) -> ContextGroups:
     """The groups of ``layout.context`` on this rank; close them with ``ContextGroups.close``.
 
     Pure Ulysses and a pure ring take the mesh's own context-parallel group; a hybrid makes two groups for every rank.
@@ -54,6 +57,7 @@ def open_context_groups(layout: Layout, rank: int, cp_group: dist.ProcessGroup |
         layout: whose ``context_plan`` tells the degrees.
         rank: of the world.
         cp_group: this rank's group of all its context-parallel ranks; None where it stands alone.
+        timeout_s: limit of every collective of groups that are made here.
 
     Ranks:
         Collective over the world: every rank makes every group, in the same order.
@@ -67,7 +71,8 @@ def open_context_groups(layout: Layout, rank: int, cp_group: dist.ProcessGroup |
     if plan.ulysses == 1:
         return ContextGroups(plan, cp_rank, ring_group=cp_group)
     by_ulysses, by_ring = context_ranks(layout)
-    ulysses_group, ring_group = _new_group(by_ulysses, rank, "cp_ulysses"), _new_group(by_ring, rank, "cp_ring")
+    ulysses_group = _new_group(by_ulysses, rank, "cp_ulysses", timeout_s)
+    ring_group = _new_group(by_ring, rank, "cp_ring", timeout_s)
     return ContextGroups(plan, cp_rank, ulysses_group, ring_group, owned=(ulysses_group, ring_group))
 
 
@@ -83,8 +88,9 @@ def context_ranks(layout: Layout) -> tuple[list[list[int]], list[list[int]]]:
     return by_ulysses, by_ring
 
 
-def _new_group(members: list[list[int]], rank: int, name: str) -> dist.ProcessGroup:
+def _new_group(members: list[list[int]], rank: int, name: str, timeout_s: float) -> dist.ProcessGroup:
     """Make every group, and give back the one that ``rank`` is in."""
-    groups: list[dist.ProcessGroup] = [dist.new_group(ranks, group_desc=name) for ranks in members]
+    timeout = timedelta(seconds=timeout_s)
+    groups: list[dist.ProcessGroup] = [dist.new_group(ranks, timeout, group_desc=name) for ranks in members]
     (mine,) = (group for ranks, group in zip(members, groups) if rank in ranks)
     return mine
