@@ -10,7 +10,7 @@ from typing import Any
 
 from megavid.cli.arguments import take_option, whole_number
 from megavid.cli.quiet import silence_known_warnings
-from megavid.config.load import load_run
+from megavid.config.load import load_run, with_flags
 from megavid.errors import ConfigError, NumericalStop
 from megavid.plan.layout import layout_of
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
     what = recorded(folder, step)
     record = routing_of(folder, step) if routing else None
-    config = _with_overrides(what.config, overrides)
+    config = with_flags(what.config, overrides)
     num_ranks = ranks or what.ranks
     layout = layout_of(config, num_ranks)
     device = local_device(num_ranks)
@@ -78,17 +78,6 @@ def main(argv: Sequence[str]) -> int:
     entry = functools.partial(replay_rank, config, layout, device, what, finish, routing=record)
     run_local_ranks(entry, num_ranks, device)
     return 0
-
-
-def _with_overrides(config: Any, overrides: Sequence[str]) -> Any:
-    import tempfile
-
-    from megavid.config.load import dump_toml
-
-    with tempfile.TemporaryDirectory() as name:
-        file = Path(name) / "run.toml"
-        file.write_text(dump_toml(config))
-        return load_run(str(file), overrides)
 
 
 def _finish(what: Any, layout: str, config: Any, reports: Sequence[Any], routing: str) -> None:

@@ -16,7 +16,7 @@ import json
 import math
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -49,9 +49,16 @@ def load_run(preset_or_path: str, overrides: Sequence[str], *, world_size: int =
     table, flags = layer.table, list(_pairs(overrides))
     if world_size in layer.layouts and not any(key in DEGREES for key, _ in flags):
         _merge(table, {"parallel": layer.layouts[world_size]})
-    for key, text in flags:
-        _set(table, key, _of_text(_leaf_type(key), text, key))
-    return _build(RunConfig, table)
+    return _built(table, flags)
+
+
+def with_flags(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """``config`` with flags laid over it, as ``load_run`` lays them over a preset.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range.
+    """
+    return _built(dataclasses.asdict(config), _pairs(overrides))
 
 
 def from_table(cls: type[Config], table: dict[str, Any], path: str = "") -> Config:
@@ -186,6 +193,12 @@ def _pairs(items: Sequence[str]) -> Iterator[tuple[str, str]]:
                 raise ConfigError(f"--{key} needs a value: --{key} VALUE")
             text = rest.pop(0)
         yield key, text
+
+
+def _built(table: dict[str, Any], flags: Iterable[tuple[str, str]]) -> RunConfig:
+    for key, text in flags:
+        _set(table, key, _of_text(_leaf_type(key), text, key))
+    return _build(RunConfig, table)
 
 
 def _leaf_type(key: str) -> Any:

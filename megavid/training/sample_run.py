@@ -3,7 +3,6 @@
 Owns what is asked for, which config that gives, and the files that come out.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,8 @@ from tqdm import tqdm
 
 from megavid.checkpoint import Checkpoint, resolve
 from megavid.checkpoint.base import Base
-from megavid.checkpoint.format import RUN
-from megavid.config.load import load_run
+from megavid.config.deepspeed import DeepSpeedConfig
+from megavid.config.load import with_flags
 from megavid.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megavid.data.images import image_encoder_of_spec
 from megavid.data.pictures import contact_sheet
@@ -156,19 +155,14 @@ def make_folder(out: Path) -> None:
 def sampling_config(checkpoint: Checkpoint, overrides: Sequence[str], num_ranks: int) -> RunConfig:
     """The config of a checkpoint in another layout: ``overrides`` over the defaults of ``parallel``.
 
-    The batch and pack sizes are of no meaning here; they are set so that they fit any layout of this many ranks.
+    The batch and pack sizes are of no meaning here; they are set so that they fit any layout of this many ranks. So is
+    the backend, which has no part in running forward and would refuse layouts.
     """
-    defaults = [
-        item
-        for field in dataclasses.fields(ParallelConfig)
-        for item in (f"--parallel.{field.name}", str(field.default).lower())
-    ]
-    config = load_run(str(checkpoint.folder / RUN), [*defaults, *overrides])
-    return replace(
-        config,
-        train=replace(config.train, micro_batch_size=1, global_batch_size=num_ranks),
-        data=replace(config.data, pack_tokens=num_ranks),
-    )
+    trained = config_of(checkpoint)
+    train = replace(trained.train, backend="megatron", micro_batch_size=1, global_batch_size=num_ranks)
+    data = replace(trained.data, pack_tokens=num_ranks)
+    plain = replace(trained, parallel=ParallelConfig(), train=train, data=data, deepspeed=DeepSpeedConfig())
+    return with_flags(plain, overrides)
 
 
 def load_engine(checkpoint: Checkpoint, config: RunConfig, mesh: Mesh, weights: str = "") -> Engine[Any]:

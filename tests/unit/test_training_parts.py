@@ -259,6 +259,12 @@ def test_sampling_layout_is_the_callers_alone(checkpoint: Checkpoint, overrides:
     assert config.model == load_run("tiny", []).model
 
 
+def test_what_deepspeed_trained_is_sampled_in_any_layout(tmp_path: Path) -> None:
+    config = load_run("tiny", ["--train.backend", "deepspeed", "--deepspeed.zero_stage", "3"])
+    trained = Checkpoint(save(tmp_path, 1, [], {}, SingleRank(), run_toml=dump_toml(config)))
+    assert layout_of(sampling_config(trained, ("--parallel.tensor", "2"), 2), 2).tp == 2
+
+
 def test_several_prompts_get_numbered_files() -> None:
     assert files_of(Path("a/clip.mp4"), 1) == [Path("a/clip.mp4")]
     assert files_of(Path("a/clip.mp4"), 2) == [Path("a/clip_1.mp4"), Path("a/clip_2.mp4")]
