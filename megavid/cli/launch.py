@@ -12,11 +12,11 @@ from megavid.cluster.script import Request, require_fit, require_time, signal_le
 from megavid.cluster.submit import follow, submit
 from megavid.config.load import load_run, preset_names
 from megavid.errors import ConfigError
-from megavid.plan.adapters import refuse_adapters
 from megavid.plan.answer import Answer, plan_run
 from megavid.plan.calibration import default_calibration, load_calibration
 from megavid.plan.hardware import hardware, table
 from megavid.plan.job import Job
+from megavid.plan.unplanned import refuse_unplanned
 from megavid.plan.workload import workload_of_clip
 
 HELP = "write the sbatch script of a planned layout, queue it (or a chain of jobs), follow its log"
@@ -166,7 +166,7 @@ def plan(asked: Asked) -> Answer:
     """
     request = asked.request
     config = load_run(request.preset, request.flags, world_size=request.world_size)
-    refuse_adapters(config, "megavid launch slurm")
+    refuse_unplanned(config, "megavid launch slurm")
     gpu = hardware(asked.gpu)
     calibration = load_calibration(Path(asked.calibration)) if asked.calibration else default_calibration(gpu)
     return plan_run(config, workload_of_clip(config, *asked.clip), Job(request.world_size, gpu, calibration))

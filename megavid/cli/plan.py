@@ -14,11 +14,11 @@ from megavid.cli.arguments import decimal_number, take_flag, take_option, whole_
 from megavid.config.load import load_run, preset_names
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
-from megavid.plan.adapters import refuse_adapters
 from megavid.plan.goodput import Faults
 from megavid.plan.hardware import Hardware, hardware, table
 from megavid.plan.job import HEADROOM, Job
 from megavid.plan.storage import DataSet
+from megavid.plan.unplanned import refuse_unplanned
 
 HELP = "what a run needs and takes (memory, traffic, time, money), and the best layout; no GPU, no torch"
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         return _hindcast(rest)
     request = parse(rest)
     config = load_run(request.preset, request.overrides, world_size=request.world_size)
-    refuse_adapters(config, "megavid plan")
+    refuse_unplanned(config, "megavid plan")
     if request.clips:
         return _data(request, config)
     gpu = _machine(request)

@@ -17,9 +17,9 @@ from megavid.cli.quiet import silence_known_warnings
 from megavid.config.load import load_run, preset_names
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
-from megavid.plan.adapters import refuse_adapters
 from megavid.plan.calibration import load_probe
 from megavid.plan.layout import layout_of
+from megavid.plan.unplanned import refuse_unplanned
 
 HELP = "measure a short run: MFU, HFU, where the time of a step goes, load of experts, memory; as a page"
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         return profile_probe.main(argv)
     request = parse(argv)
     config = load_run(request.preset, request.overrides)
-    refuse_adapters(config, "megavid profile")
+    refuse_unplanned(config, "megavid profile")
     check(config, request)
     silence_known_warnings()
     # The profiler's library announces every start and stop, and warns of tensors that are older than the trace.

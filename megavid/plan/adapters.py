@@ -5,7 +5,7 @@ Owns both, closed form. The models build the same tensors, and torch counts the 
 
 from collections.abc import Iterator, Sequence
 
-from megavid.config.schema import LoraConfig, ModelConfig, RunConfig, require
+from megavid.config.schema import LoraConfig, ModelConfig, RunConfig
 from megavid.plan.flops import forward_flops, model_flops
 from megavid.plan.parameters import Tensor, block_tensors
 
@@ -55,19 +55,6 @@ def computed_flops(config: RunConfig, clip_tokens: Sequence[int], *, padding: in
         return 3.0 * forward_flops(config.model, clip_tokens, padding=padding).total
     extra = forward_flops(config.model, clip_tokens, padding=padding) - forward_flops(config.model, clip_tokens)
     return trained_flops(config, clip_tokens) + 2.0 * extra.total
-
-
-def refuse_adapters(config: RunConfig, command: str) -> None:
-    """Refuse a run of adapters where only runs of whole models are known.
-
-    Raises:
-        ConfigError: ``lora.rank`` is set.
-    """
-    require(
-        not config.lora.rank,
-        f"{command} does not know runs of adapters yet (lora.rank = {config.lora.rank}); leave lora.* out: memory and "
-        "time of the whole model are above what adapters take",
-    )
 
 
 def _adapter_flops(model: ModelConfig, lora: LoraConfig, tokens: int, clips: int) -> float:

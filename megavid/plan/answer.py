@@ -315,6 +315,8 @@ def _notes(
             f"precision.fp8 = '{config.precision.fp8}' is not counted: memory and step time are those without it, as "
             "products in FP8 were not measured on a GPU yet (docs/fp8.md)"
         )
+    if config.train.backend == "deepspeed":
+        notes.append("train.backend = 'deepspeed': step time is that of megatron-core; DeepSpeed's was not measured")
     far = {t.axis for t in transfers if t.operation == "all_to_all" and t.fabric == "network"}
     # DeepEP's kernels carry the experts' rows only where they are asked for.
     slower = sorted(far - ({"ep"} if config.parallel.dispatcher == "flex" else set()))

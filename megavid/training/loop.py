@@ -230,7 +230,7 @@ def write_start(run: Run, start: Start, back: RollBack | None) -> None:
         "pid": os.getpid(),
         "host": host_name(),
         "coordinates": mesh.coordinates,
-        "parameters": sum(parameter.numel() for parameter in run.engine.parameters()),
+        "parameters": sum(math.prod(p.shape) for placement in run.engine.placements() for p in placement.pieces),
     }
     rows = mesh.all_gather_object(row)
     if mesh.is_main:

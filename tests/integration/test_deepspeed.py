@@ -1,6 +1,7 @@
 """A run under DeepSpeed as people start it: quiet, and one run with its native twin, which takes it over half way."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,17 @@ FLAGS = (*TINY, "--ranks", "2", "--train.global_batch_size", "4", "--train.steps
 )
 def test_run_begins_under_deepspeed_and_goes_on_under_megatron(warm: WarmParent, tmp_path: Path) -> None:
     out, native = tmp_path / "run", tmp_path / "native"
-    zero = ("--train.backend", "deepspeed", "--deepspeed.zero_stage", "2", "--train.stop_at_step", "2")
+    zero = ("--train.backend", "deepspeed", "--deepspeed.zero_stage", "3", "--train.stop_at_step", "2")
     done = warm.run("train", "tiny", "--out", str(out), *FLAGS, *zero)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "DeepSpeed" not in done.stdout
+    parameters = [row["parameters"] for row in json.loads((out / "ranks.json").read_text())]
     done = warm.run("train", "tiny", "--out", str(out), *FLAGS)
     assert done.returncode == 0, done.stderr
     done = warm.run("train", "tiny", "--out", str(native), *FLAGS)
     assert done.returncode == 0, done.stderr
+    assert parameters == [row["parameters"] for row in json.loads((native / "ranks.json").read_text())]
     for name, limit in (("loss", tolerance.LOSS_FP32), ("grad_norm", tolerance.GRAD_NORM_FP32)):
         ours, theirs = (column(read_rows(folder / "metrics.jsonl"), name)[1] for folder in (out, native))
         assert ours == pytest.approx(theirs, rel=limit)

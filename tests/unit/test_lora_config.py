@@ -9,8 +9,9 @@ from megavid.checkpoint.convert.adapter import names_in_diffusers
 from megavid.config.load import dump_toml, from_table, load_run
 from megavid.config.schema import LoraConfig, RunConfig
 from megavid.errors import ConfigError
-from megavid.plan.adapters import adapter_tensors, refuse_adapters
+from megavid.plan.adapters import adapter_tensors
 from megavid.plan.layout import layout_of
+from megavid.plan.unplanned import refuse_unplanned
 from tests.support.tiny_world import tiny_config
 
 
@@ -60,7 +61,12 @@ def test_adapters_stand_on_attention_and_dense_feed_forwards_and_diffusers_has_a
     assert shapes["blocks.0.ffn.down.lora_B.weight"] == (48, 3)
 
 
-def test_the_planner_refuses_adapters() -> None:
-    refuse_adapters(tiny_config("wan"), "megavid plan")
+def test_the_planner_refuses_what_it_does_not_know() -> None:
+    refuse_unplanned(tiny_config("wan"), "megavid plan")
     with pytest.raises(ConfigError, match="megavid plan does not know runs of adapters yet"):
-        refuse_adapters(tiny_config("wan", lora={"rank": 3}), "megavid plan")
+        refuse_unplanned(tiny_config("wan", lora={"rank": 3}), "megavid plan")
+    zero = ["--train.backend", "deepspeed", "--deepspeed.zero_stage"]
+    refuse_unplanned(load_run("tiny", [*zero, "1"]), "megavid plan")
+    for flags in ([*zero, "3"], [*zero, "1", "--deepspeed.offload", "optimizer"]):
+        with pytest.raises(ConfigError, match=r"megavid plan knows DeepSpeed's ZeRO-1 only"):
+            refuse_unplanned(load_run("tiny", flags), "megavid plan")
