@@ -13,6 +13,9 @@ from typing import IO, Self
 
 from megavid.errors import DataError, StorageError
 
+BEGINNINGS = ("started", "resumed", "rolled_back")
+"""Events from whose step on a run takes steps, what it had taken after it being void."""
+
 
 def cut_after(file: Path, step: int) -> int:
     """Cut every row after ``step``, and a last row that was cut off mid-write; return the number of rows that stay.

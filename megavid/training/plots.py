@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullFormatter, StrMethodFormatter
 
+from megavid.training.metrics import BEGINNINGS
+
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea")
 
@@ -41,10 +43,10 @@ def plot_run(rows: Sequence[Row], events: Sequence[Row], file: Path, *, title: s
 
 
 def still_true(events: Sequence[Row]) -> list[Row]:
-    """The events without those of steps that a later start went back behind and took again."""
+    """The events without those of steps that the run went back behind and took again."""
     kept: list[Row] = []
     for event in events:
-        if event.get("event") in ("started", "resumed"):
+        if event.get("event") in BEGINNINGS:
             kept = [row for row in kept if int(str(row["step"])) <= int(str(event["step"]))]
         kept.append(event)
     return kept

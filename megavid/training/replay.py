@@ -22,7 +22,7 @@ from megavid.parallel.mesh import Mesh
 from megavid.parallel.world import open_mesh
 from megavid.plan.layout import Layout
 from megavid.training.loop import agreed_base, load_or_initialize
-from megavid.training.metrics import read_rows
+from megavid.training.metrics import BEGINNINGS, read_rows
 from megavid.training.resume import config_of
 from megavid.training.routing_record import RecordedRouting
 from megavid.training.run_dir import RunDir, Start
@@ -73,7 +73,7 @@ def recorded(folder: Path, step: int) -> Recorded:
     row = next((row for row in read_rows(run_dir.metrics_file) if row["step"] == step), None)
     if row is None:
         raise DataError(f"{run_dir.metrics_file} has no step {step}; give one that the run has taken")
-    starts = [event for event in run_dir.events() if event["event"] in ("started", "resumed", "rolled_back")]
+    starts = [event for event in run_dir.events() if event["event"] in BEGINNINGS]
     took = [event for event in starts if _number(event["step"]) < step]
     if not took:
         raise DataError(f"{run_dir.events_file} names no start before step {step}")

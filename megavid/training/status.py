@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from megavid.config.watchdog import WatchdogConfig
 from megavid.errors import DataError
+from megavid.training.metrics import BEGINNINGS
 
 State = Literal["new", "running", "hung", "stopped", "finished", "crashed"]
 Row = dict[str, Any]
@@ -117,7 +118,7 @@ def status_of(folder: Path, *, now: float | None = None) -> Status:
     events, rows = read_tail(folder / "events.jsonl", 1 << 30), read_tail(folder / "metrics.jsonl", TAIL_BYTES)
     starts = [number for number, event in enumerate(events) if event["event"] in ("started", "resumed")]
     last_start = events[starts[-1]] if starts else {}
-    began = [event for event in events if event["event"] in ("started", "resumed", "rolled_back")][-1:]
+    began = [event for event in events if event["event"] in BEGINNINGS][-1:]
     step = int(rows[-1]["step"]) if rows else 0
     steps = int(config["train"]["steps"])
     recent = [row["step_time_s"] for row in rows[-WINDOW:] if row.get("step_time_s")]

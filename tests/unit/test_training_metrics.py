@@ -78,8 +78,9 @@ def test_smooth_is_the_mean_of_the_last_values() -> None:
 
 def test_events_of_steps_that_were_taken_again_are_left_out() -> None:
     rows = [("started", 0), ("validated", 2), ("validated", 4), ("resumed", 2), ("validated", 4)]
+    rows += [("rolled_back", 3), ("validated", 4)]
     kept = still_true([{"event": name, "step": step, "place": n} for n, (name, step) in enumerate(rows)])
-    assert [event["place"] for event in kept] == [0, 1, 3, 4]
+    assert [event["place"] for event in kept] == [0, 1, 3, 5, 6]
 
 
 def test_loss_compare_names_the_first_step_and_the_worst(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
