@@ -97,14 +97,14 @@ def main(argv: Sequence[str]) -> int:
 
 def last_words(pid: int) -> str:
     """What a rank of this machine that was killed had last entered, for the error's line; "" where it left nothing."""
-    import platform
     import time
 
+    from megavid.parallel.host import host_name
     from megavid.training.flight import read_slot, remove_slot
 
     last = read_slot(pid)
     remove_slot(pid)
-    return "" if last is None else f" on {platform.node()}, having last entered {last.text(time.time())}"
+    return "" if last is None else f" on {host_name()}, having last entered {last.text(time.time())}"
 
 
 def parse(argv: Sequence[str]) -> Request:

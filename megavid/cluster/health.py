@@ -15,7 +15,6 @@ from typing import Literal
 
 GPU_FIELDS = (
     "index", "ecc.errors.uncorrected.volatile.total", "retired_pages.pending", "clocks_throttle_reasons.hw_slowdown",
-    "temperature.gpu",
 )  # fmt: skip
 """Asked of nvidia-smi, in this order."""
 
@@ -128,7 +127,7 @@ def gpu_troubles() -> tuple[str, ...]:
 
 
 def _gpu_words(line: str) -> list[str]:
-    index, ecc, retired, slowdown, _ = ([part.strip() for part in line.split(",")] + [""] * 5)[:5]
+    index, ecc, retired, slowdown = ([part.strip() for part in line.split(",")] + [""] * 4)[:4]
     words = []
     if ecc.isdecimal() and int(ecc) > 0:
         words.append(f"GPU {index}: {ecc} uncorrected memory errors")

@@ -36,10 +36,7 @@ class AcrossHeadsNorm(nn.Module):
         self.weights = nn.ParameterList([build.empty(local, is_fp32=True) for _ in names])
         for name, weight in zip(names, self.weights):
             piece = Piece(name, (self.width,), (build.tp_rank * local,), (local,))
-            place(
-                weight,
-                Placement((piece,), frozenset({"tp"}), has_decay=False, keeps_fp32=True, init=Init(mean=1.0)),
-            )
+            place(weight, Placement((piece,), frozenset({"tp"}), has_decay=False, init=Init(mean=1.0)))
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         """Normalised tensors [..., D / tp], in one all-reduce if they have the same leading shape."""

@@ -104,7 +104,6 @@ class Build:
             is_partial_over_tp=is_partial and self.mesh.is_sequence_parallel,
             is_on_every_stage=on_every_stage,
             has_decay=has_decay,
-            keeps_fp32=parameter.dtype == torch.float32,
             init=init,
         )
         place(parameter, placement, is_first_copy=self.is_first_chunk or not on_every_stage)

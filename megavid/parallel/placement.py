@@ -52,7 +52,6 @@ class Placement:
         is_on_every_stage: replicated on all pipeline stages and chunks; their gradients are summed and
             counted once.
         has_decay: takes weight decay.
-        keeps_fp32: stays fp32 when the model is bf16.
         init: distribution of fresh values.
     """
 
@@ -62,7 +61,6 @@ class Placement:
     is_partial_over_tp: bool = False
     is_on_every_stage: bool = False
     has_decay: bool = True
-    keeps_fp32: bool = False
     init: Init = Init()
 
 

@@ -5,7 +5,6 @@ checkpoints and pictures are left out. What the figures mean is ``megavid.profil
 """
 
 import contextlib
-import platform
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from megavid.diffusion.objective import FlowObjective
 from megavid.models.runner import build_engine
 from megavid.ops.regions import region, regions_on
 from megavid.parallel.engine import Engine
+from megavid.parallel.host import host_name
 from megavid.parallel.launch import Device, RankEnv
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.world import open_mesh
@@ -170,7 +170,7 @@ class Session:
             wait_s = {axis: seconds - before.get(axis, 0.0) for axis, seconds in waits.seconds.items()}
         record = RankRecord(
             rank=self.mesh.rank,
-            host=platform.node(),
+            host=host_name(),
             coordinates=self.mesh.coordinates,
             step_s=step_s,
             data_wait_s=[report.data_wait_s for report in reports],

@@ -14,7 +14,6 @@ import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -261,8 +260,3 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{int(seconds // size)} {unit} {int(seconds % size // part)} {smaller}"
     raise AssertionError("unreachable")
-
-
-def time_of(event: Row) -> datetime:
-    """When an event was written."""
-    return datetime.strptime(event["time"], "%Y-%m-%dT%H:%M:%S%z")

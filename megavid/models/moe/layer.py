@@ -163,7 +163,6 @@ def build_router(
         (piece,),
         is_partial_over_tp=layout.sequence,
         has_decay=False,
-        keeps_fp32=True,
         init=Init(std=model.hidden_size**-0.5),
     )
     place(weight, placement)
