@@ -170,7 +170,7 @@ def plot(out: Path, file: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing, print the table."""
+    """Run what is missing, print the table; status 1 where a run in FP8 is above what it is allowed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
@@ -179,17 +179,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, help="take these runs alone", metavar="RUN")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file, a PNG")
     options = parser.parse_args(arguments)
+    if options.steps < 1 or options.steps % 3:
+        parser.error(f"--steps {options.steps} must be a multiple of 3: the last of three validations is the result")
     options.out.mkdir(parents=True, exist_ok=True)
-    validation = max(options.steps // 3, 1)
+    validation = options.steps // 3
     preset = PRESET.format(steps=options.steps, dtype=options.dtype, validation=validation)
     (options.out / "preset.toml").write_text(preset)
     for trial in TRIALS:
         if options.only is None or trial.name in options.only:
             train(trial, options.out, options.steps)
-    print("\n".join(table_of(options.out, options.steps)))
+    table = "\n".join(table_of(options.out, options.steps))
+    print(table)
     if options.plot is not None:
         plot(options.out, options.plot)
-    return 0
+    return 1 if "ABOVE" in table else 0
 
 
 if __name__ == "__main__":
