@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megavid.cli.prepare import _parser as prepare_parser
 from megavid.config.load import leaf_keys, load_run, preset_names
 from megavid.config.schema import RunConfig
+from megavid.data.build import require_fit
+from megavid.data.sample import TextSpec, TokenizerSpec
 from megavid.plan.layout import layers_of_chunk, layout_of
 
 ROOT = Path(__file__).parents[2]
@@ -123,3 +126,30 @@ def test_every_train_command_on_a_page_parses_and_lays_out(path: Path, monkeypat
 
 def test_commands_are_found_on_pages() -> None:
     assert len(_train_commands((ROOT / "README.md").read_text())) >= 4
+
+
+def _readers(text: str) -> list[tuple[list[str], str]]:
+    """Every ``megavid prepare`` command of a page, as words, with each preset that its folder is then trained with."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    prepares = [shlex.split(line, comments=True) for line in re.findall(r"megavid prepare (.* --out [^`\n]*)", joined)]
+    reader = r"megavid (?:train|profile|launch slurm) ([a-z]\w*) [^`\n]*--data\.path (\w+)"
+    return [
+        (words, preset)
+        for words in prepares
+        for preset, folder in re.findall(reader, joined)
+        if folder == words[words.index("--out") + 1]
+    ]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/image_to_video.md", "docs/benchmarks/gpu.md"])
+def test_shards_prepared_on_a_page_fit_the_models_that_read_them_there(page: str) -> None:
+    readers = _readers((ROOT / page).read_text())
+    assert readers
+    for words, preset in readers:
+        given = prepare_parser().parse_args(words)
+        kind, _, channels = given.tokenizer.partition("-")
+        # A folder stands for what Wan 2.1 publishes: a VAE of 16 channels, UMT5-XXL's features of width 4096.
+        tokenizer = TokenizerSpec(kind, "1", int(channels or 32) if kind == "dct" else 16, 8, 4, "")
+        width = given.text_width if given.text_encoder == "sentencepiece" else 4096
+        text = TextSpec(given.text_encoder, "1", width, given.text_length)
+        require_fit(tokenizer, text, load_run(preset, []).model, page)
