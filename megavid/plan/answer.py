@@ -18,7 +18,7 @@ from megavid.plan.job import Job
 from megavid.plan.layout import Layout, layout_of, microbatches_of_step
 from megavid.plan.memory import GIB, Memory, host_bytes, memory_of, worst_memory
 from megavid.plan.parameters import Counts, count, count_rank
-from megavid.plan.time import StepTime, mfu, peak_dtype, step_time
+from megavid.plan.time import StepTime, mfu, not_counted, peak_dtype, step_time
 from megavid.plan.traffic import Transfer, traffic_of
 from megavid.plan.workload import Workload
 
@@ -309,12 +309,7 @@ def _notes(
     config: RunConfig, layout: Layout, transfers: tuple[Transfer, ...], calibration: Calibration
 ) -> tuple[str, ...]:
     """Assumptions of the shared calibration that this layout leans on; a probe's numbers are measured."""
-    notes = []
-    if config.precision.fp8 != "off":
-        notes.append(
-            f"precision.fp8 = '{config.precision.fp8}' is not counted: memory and step time are those without it, as "
-            "products in FP8 were not measured on a GPU yet (docs/fp8.md)"
-        )
+    notes = [*not_counted(config)]
     if config.train.backend == "deepspeed":
         notes.append("train.backend = 'deepspeed': step time is that of megatron-core; DeepSpeed's was not measured")
     far = {t.axis for t in transfers if t.operation == "all_to_all" and t.fabric == "network"}

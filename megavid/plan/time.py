@@ -60,6 +60,22 @@ def mfu(config: RunConfig, layout: Layout, workload: Workload, hardware: Hardwar
     return flops / (seconds * layout.world_size * hardware.peak_of(peak_dtype(config, hardware)))
 
 
+def not_counted(config: RunConfig) -> tuple[str, ...]:
+    """What of a run the predicted step time leaves out, in words."""
+    notes = []
+    if config.precision.fp8 != "off":
+        notes.append(
+            f"precision.fp8 = '{config.precision.fp8}' is not counted: memory and step time are those without it, as "
+            "products in FP8 were not measured on a GPU yet (docs/fp8.md)"
+        )
+    if config.train.ops != "reference":
+        notes.append(
+            f"train.ops = '{config.train.ops}' is not counted in the step time, which is that of plain torch; memory "
+            "counts it where it is 'compiled' (docs/kernels.md)"
+        )
+    return tuple(notes)
+
+
 def peak_dtype(config: RunConfig, hardware: Hardware) -> str:
     """Number format whose peak MFU is held against: bf16, FP8 runs too.
 

@@ -99,3 +99,11 @@ def test_fp8_is_said_not_to_be_counted() -> None:
     assert (narrow.time.total, narrow.memory.total) == (plain.time.total, plain.memory.total)
     assert [note for note in plain.notes if "fp8" in note] == []
     assert any("precision.fp8 = 'blockwise' is not counted" in note for note in narrow.notes)
+
+
+def test_compiled_ops_are_advised_where_they_are_off_and_said_not_to_be_timed_where_they_are_on() -> None:
+    plain, compiled = (plan("wan_1b", 8, "--train.ops", ops) for ops in ("reference", "compiled"))
+    assert compiled.time.total == plain.time.total
+    assert any("train.ops = 'compiled'" in text for text in plain.binding.advice)
+    assert not any("operators" in text or "train.ops" in text for text in compiled.binding.advice)
+    assert [[note for note in found.notes if "train.ops" in note] != [] for found in (plain, compiled)] == [False, True]
