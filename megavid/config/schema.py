@@ -176,6 +176,10 @@ class PrecisionConfig:
         at_least("precision", 0, fp8_skip_first=self.fp8_skip_first, fp8_skip_last=self.fp8_skip_last)
         at_least("precision", 1, fp8_history=self.fp8_history)
 
+    def describe(self) -> str:
+        """The number formats, in words."""
+        return self.dtype + ("" if self.fp8 == "off" else f", FP8 {self.fp8}")
+
     def is_fp8_layer(self, layer: int, num_layers: int) -> bool:
         """Whether block ``layer`` (from 0) of the model has its matrices in FP8."""
         return self.fp8 != "off" and self.fp8_skip_first <= layer < num_layers - self.fp8_skip_last

@@ -245,6 +245,7 @@ def _prediction(kind: str, prediction: Row) -> str:
         f"{prediction['workload']}. The whole step is held against the median measured step, parts against a traced "
         "one. A wait for a busy rank is measured where the rank waits, and predicted where the work is."
     )
+    words += "".join(f" {note}." for note in prediction["notes"])
     return _figure(
         f"prediction-{kind}", "Predicted against measured", pairs_chart(rows), words,
         _table(("part", "predicted", "measured"), table), legend="prediction",

@@ -13,7 +13,7 @@ from megavid.plan.calibration import Calibration
 from megavid.plan.flops import PARTS
 from megavid.plan.hardware import Hardware
 from megavid.plan.layout import Layout
-from megavid.plan.time import step_time
+from megavid.plan.time import not_counted, step_time
 from megavid.plan.workload import Workload
 from megavid.profiling.attribution import NOBODY, Owner
 from megavid.profiling.waterfall import AXES, OF_STEP
@@ -76,6 +76,7 @@ def prediction_rows(
         "machine": machine[0].name,
         "calibration": machine[1].name,
         "workload": workload.name,
+        "notes": list(not_counted(config)),
         "parts": [whole, *rows],
     }
 

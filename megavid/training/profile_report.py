@@ -73,7 +73,7 @@ def report_of(config: RunConfig, asked: Asked, profile: Profile) -> dict[str, An
         "layout": profile.layout.describe(),
         "ranks": profile.layout.world_size,
         "recompute": config.parallel.recompute,
-        "precision": config.precision.dtype,
+        "precision": config.precision.describe(),
         "pack_tokens": config.data.pack_tokens,
         "packs_per_step": config.train.global_batch_size,
         "device": profile.device,

@@ -212,7 +212,7 @@ def compare(what: Recorded, report: StepReport, layout: str, config: RunConfig, 
         config: that it was taken with: in another precision, or on another backend, the gap is told, not judged.
         routing: a line on forced routing; "" for none.
     """
-    precision, was_precision = numbers_of(config), numbers_of(what.config)
+    precision, was_precision = config.precision.describe(), what.config.precision.describe()
     is_same_math = (precision, config.train.backend) == (was_precision, what.config.train.backend)
     is_same_layout = layout == what.layout and is_same_math
     lines = [
@@ -234,9 +234,3 @@ def compare(what: Recorded, report: StepReport, layout: str, config: RunConfig, 
             is_good &= not is_same_layout and (not is_same_math or gap <= (LAW if name == "loss" else 10 * LAW))
         lines.append(f"{name:<11} {now!r}  {verdict}")
     return is_good, lines
-
-
-def numbers_of(config: RunConfig) -> str:
-    """The number formats of a run."""
-    fp8 = config.precision.fp8
-    return config.precision.dtype + ("" if fp8 == "off" else f", FP8 {fp8}")

@@ -244,7 +244,7 @@ def test_page_of_a_large_job_stays_readable(two_ranks: tuple[Path, Command], tmp
     run["step_time_s"]["all"] = [1.0 + number % 7 / 10 for number in range(500)]
     parts = [{"part": name, "predicted_s": 1.25, "measured_s": 1.5} for name in ("whole step", "communication: tensor")]
     parts.append({"part": "statistics and reports", "predicted_s": None, "measured_s": 0.001})
-    names = {"machine": "h100-80gb", "calibration": "gpu", "workload": "1 clip in a pack, 32760 tokens"}
+    names = {"machine": "h100-80gb", "calibration": "gpu", "workload": "1 clip in a pack, 32760 tokens", "notes": []}
     run["prediction"] = {**names, "parts": parts}
     (tmp_path / "report.html").write_text(page(report))
     assert (tmp_path / "report.html").stat().st_size < 4 << 20

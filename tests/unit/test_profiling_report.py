@@ -13,10 +13,11 @@ from megavid.ops.moe_math import round_robin
 from megavid.ops.regions import PREFIX, in_region, region, regions_on
 from megavid.plan.calibration import gpu_calibration
 from megavid.plan.flops import Flops
-from megavid.plan.hardware import Hardware
+from megavid.plan.hardware import Hardware, hardware
 from megavid.plan.layout import layout_of
 from megavid.profiling.attribution import Owner, Split
 from megavid.profiling.charts import binary, pairs_chart, seconds, ticks
+from megavid.profiling.page import _prediction
 from megavid.profiling.peak import Peak, machine_of
 from megavid.profiling.prediction import prediction_rows
 from megavid.profiling.records import RankRecord
@@ -185,6 +186,7 @@ def test_measured_seconds_stand_beside_the_part_that_is_predicted() -> None:
     )  # fmt: skip
     clips = [[96, 96, 160] * 8]
     table = prediction_rows(config, layout_of(config, 2), clips, (machine, gpu_calibration()), owners, 9.0)
+    assert table["notes"] == []
     measured = {row["part"]: row["measured_s"] for row in table["parts"]}
     assert measured["whole step"] == 9.0
     assert measured["experts"] == 3.0
@@ -198,3 +200,13 @@ def test_measured_seconds_stand_beside_the_part_that_is_predicted() -> None:
     assert table["workload"] == "3 clips in a pack, 352 tokens"
     rows = [(row["part"], row["predicted_s"], row["measured_s"]) for row in table["parts"]]
     assert pairs_chart(rows).count("<rect") == 2 * len(rows) - 1
+
+
+def test_a_profile_in_fp8_says_so_and_says_that_its_prediction_is_without() -> None:
+    config = load_run("tiny", ["--precision.dtype", "bf16", "--precision.fp8", "blockwise"])
+    assert config.precision.describe() == "bf16, FP8 blockwise"
+    machine = hardware("h100-80gb"), gpu_calibration()
+    owners = {Owner("forward", "experts", "operators"): 1.0}
+    table = prediction_rows(config, layout_of(config, 1), [[96] * 8], machine, owners, 9.0)
+    assert "precision.fp8 = 'blockwise' is not counted" in table["notes"][0]
+    assert "is not counted: memory and step time are those without it" in _prediction("real", table)
