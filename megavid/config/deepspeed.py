@@ -33,13 +33,9 @@ def check_backend(config: "RunConfig") -> None:
     """Refuse what the backend of a run cannot do.
 
     Raises:
-        ConfigError: DeepSpeed with a parallel axis or a precision that it does not have here, or its table without it.
+        ConfigError: DeepSpeed with a parallel axis or a precision that it does not have here.
     """
     if config.train.backend == "megatron":
-        require(
-            config.deepspeed == DeepSpeedConfig(),
-            "deepspeed.* does nothing with train.backend = 'megatron'; set 'deepspeed', or leave the table out",
-        )
         return
     parallel = config.parallel
     degrees = {

@@ -33,10 +33,6 @@ class LoraConfig:
             not unknown and len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
             f"lora.targets = {list(self.targets)} must be some of {', '.join(TARGETS)}, each once",
         )
-        require(
-            self.rank > 0 or (self.alpha == 0 and self.targets == TARGETS),
-            "lora.alpha and lora.targets do nothing with lora.rank = 0; set --lora.rank, such as 16",
-        )
 
     @property
     def scale(self) -> float:

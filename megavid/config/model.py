@@ -82,14 +82,6 @@ class MoEConfig:
             self.router != "expert_choice" or self.num_groups == 1,
             "model.moe.num_groups must be 1 with model.moe.router = 'expert_choice'",
         )
-        require(
-            self.aux_loss_weight == 0 or self.router == "softmax",
-            f"model.moe.aux_loss_weight = {self.aux_loss_weight} is read by model.moe.router = 'softmax' only; set 0",
-        )
-        require(
-            self.route_scale == 1.0 or self.router == "sigmoid",
-            f"model.moe.route_scale = {self.route_scale} is read by model.moe.router = 'sigmoid' only; set 1.0",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,16 +178,7 @@ class ModelConfig:
             "timesteps go by frame",
         )
         require(
-            self.image_size == 0 or self.task == "i2v",
-            f"model.image_size = {self.image_size} is read by model.task = 'i2v' only, got '{self.task}'; set 0",
-        )
-        require(
-            self.image_size > 0 or (self.image_length, self.image_positions) == (257, 0),
-            f"model.image_length = {self.image_length} and model.image_positions = {self.image_positions} are read "
-            "with model.image_size > 0 only; leave them at 257 and 0",
-        )
-        require(
-            self.image_positions in (0, self.image_length),
+            self.image_size == 0 or self.image_positions in (0, self.image_length),
             f"model.image_positions = {self.image_positions} must be 0 or model.image_length = {self.image_length}",
         )
 

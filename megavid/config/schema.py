@@ -2,7 +2,8 @@
 
 Owns names, types, defaults and the checks that need one table only; tables ``model`` and ``model.moe`` are
 ``megavid.config.model``'s, ``lora`` is ``megavid.config.lora``'s, and all pass through here. Checks across tables are
-``megavid.plan.layout``'s. Every field's string below it is its ``--help``. Nothing here imports torch.
+``megavid.plan.layout``'s; which keys a run does not read is ``megavid.config.unread``'s. Every field's string below it
+is its ``--help``. Nothing here imports torch.
 """
 
 from dataclasses import dataclass, field
@@ -133,11 +134,6 @@ class TrainConfig:
         require(
             self.spike_factor == 0 or self.spike_factor > 1,
             f"train.spike_factor = {self.spike_factor} must be above 1, or 0 for never",
-        )
-        require(
-            self.spike_rollback_steps == 0 or self.spike_factor > 0,
-            f"train.spike_rollback_steps = {self.spike_rollback_steps} needs train.spike_factor above 1, which says "
-            "what a spike is; set it, or leave the steps at 0",
         )
         at_least(
             "train",
@@ -359,6 +355,7 @@ class LogConfig:
             routing_interval_steps=self.routing_interval_steps,
             fp8_interval_steps=self.fp8_interval_steps,
             worst_samples=self.worst_samples,
+            sample_interval_steps=self.sample_interval_steps,
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megavid.config.deepspeed import check_backend
 from megavid.config.schema import ModelConfig, RunConfig, require
+from megavid.config.unread import refuse_unread
 from megavid.plan.context import ContextPlan, context_plan
 
 DENSE_AXES = ("tp", "cp", "dp", "pp")
@@ -99,6 +100,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         f"of ranks = {world_size}; change parallel.* or --ranks",
     )
     dp = world_size // dense
+    refuse_unread(config)
     _check_model(config)
     _check_rollback(config)
     check_backend(config)
@@ -159,10 +161,6 @@ def _check_samples(config: RunConfig) -> None:
 
 def _check_model(config: RunConfig) -> None:
     parallel, model = config.parallel, config.model
-    require(
-        parallel.context > 1 or parallel.context_strategy == "auto",
-        f"parallel.context_strategy = '{parallel.context_strategy}' needs parallel.context > 1; leave it at 'auto'",
-    )
     require(
         model.num_heads % parallel.tensor == 0,
         f"parallel.tensor = {parallel.tensor} must divide model.num_heads = {model.num_heads}",

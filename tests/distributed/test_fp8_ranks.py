@@ -42,6 +42,7 @@ from tests.support.tiny_world import (
 )
 
 WIDTHS: dict[str, int] = {"tensorwise": 64, "delayed": 64, "blockwise": 256, "mxfp8": 64}
+HISTORY: dict[str, dict[str, int]] = {"delayed": {"fp8_history": 4}}
 FORMAT_SHARE = 0.2
 """Gap of a gradient between two layouts over the format's own error of it."""
 LAYOUTS = {
@@ -62,7 +63,7 @@ def fp8_config(family: str, recipe: str, *, width: int = 0, **options: Any) -> R
     width = width or WIDTHS[recipe]
     config = tiny_config(family, moe={"expert_ffn_size": width, "shared_ffn_size": width}, **options)
     model = replace(config.model, hidden_size=width, ffn_size=2 * width)
-    return replace(config, model=model, precision=PrecisionConfig(fp8=recipe, fp8_history=4))
+    return replace(config, model=model, precision=PrecisionConfig(fp8=recipe, **HISTORY.get(recipe, {})))
 
 
 def gradient_of(told: list[dict[str, Any]]) -> torch.Tensor:

@@ -107,7 +107,7 @@ def test_without_a_checkpoint_that_is_old_enough_the_step_alone_is_left_out(warm
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--train.spike_rollback_steps", "5"), "needs train.spike_factor above 1"),
+        (("--train.spike_rollback_steps", "5"), "is read with train.spike_factor above 1"),
         (("--train.spike_factor", "3", "--train.spike_rollback_steps", "202"), "keep 201 steps at the least"),
         (
             ("--train.spike_factor", "3", "--train.spike_rollback_steps", "5", "--checkpoint.interval_steps", "0"),

@@ -77,9 +77,7 @@ def test_a_flag_reads_as_its_type(items: list[str], key: str, expected: object) 
             ["--model.task", "ti2v", "--model.patch_size", "2,2,2"],
             r"^model\.patch_size = \(2, 2, 2\) must have 1 latent",
         ),
-        (["--model.image_size", "8"], r"^model\.image_size = 8 is read by model\.task = 'i2v' only, got 't2v'; set 0$"),
-        (["--model.image_length", "9"], r"^model\.image_length = 9 and model\.image_positions = 0 are read with"),
-        (["--model.image_positions", "9"], r"model\.image_positions = 9 are read with model\.image_size > 0 only"),
+        (["--log.sample_interval_steps", "-5"], r"^log\.sample_interval_steps = -5 must be at least 0$"),
         (
             [
                 "--model.task",

@@ -18,8 +18,6 @@ from tests.support.tiny_world import tiny_config
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--lora.alpha", "8"], "do nothing with lora.rank = 0"),
-        (["--lora.targets", '["ffn"]'], "do nothing with lora.rank = 0"),
         (["--lora.rank", "-1"], "lora.rank"),
         (["--lora.rank", "4", "--lora.alpha", "-1"], "lora.alpha = -1.0 must be at least 0"),
         (["--lora.rank", "4", "--lora.targets", '["experts"]'], "must be some of self_attention, cross_attention, ffn"),

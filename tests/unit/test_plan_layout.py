@@ -34,7 +34,7 @@ def config(**parallel: Any) -> RunConfig:
         (10, {"context": 5, "tensor": 2}, r"data\.pack_tokens = \d+ must be a multiple of .* x context = 10"),
         (3, {"context": 3, "context_strategy": "ulysses"}, r"'ulysses' needs parallel\.context = 3 to divide heads"),
         (2, {"context": 2, "context_strategy": "hybrid"}, r"'hybrid' needs a divisor of parallel\.context = 2 between"),
-        (1, {"context_strategy": "ring"}, r"parallel\.context_strategy = 'ring' needs parallel\.context > 1"),
+        (1, {"context_strategy": "ring"}, r"parallel\.context_strategy = 'ring' is read with parallel\.context above"),
         (2, {"tensor": 2, "sequence": False}, r"experts need sequence parallelism"),
         (16, {"expert": 16, "tensor": 2}, r"parallel\.expert = 16 must divide model\.moe\.num_experts = 8"),
     ],
