@@ -1,10 +1,11 @@
 """Linears whose products are in eight bits, and what their scales are taken from on all ranks.
 
 Owns the tensor-parallel linears, the record of a layer's magnitudes, and who shares a scale: tensor- and
-context-parallel ranks those of a dense layer, expert- and expert-tensor-parallel ranks those of experts. So a tensor of
-a microbatch is rounded alike however it is cut. Microbatches, and so data-parallel ranks, have scales of their own
-under ``tensorwise``; as scales are powers of two, that moves only numbers too small for the format. The products
-are ``megavid.ops.fp8_linear``'s.
+context-parallel ranks those of a dense layer, so that a tensor of a microbatch is rounded alike however it is cut;
+expert- and expert-tensor-parallel ranks those of experts, which under ``tensorwise`` may be a part of a microbatch
+(fewer of them than tensor- and context-parallel ranks) or several (experts shared over data-parallel ranks). As scales
+are powers of two, another one moves only numbers too small for the format. The products are
+``megavid.ops.fp8_linear``'s.
 """
 
 from collections.abc import Callable, Sequence

@@ -50,6 +50,8 @@ LAYOUTS = {
     "wan tensorwise cp2 tp2 without sp": ("wan", "tensorwise", 4, {"context": 2, "tensor": 2, "sequence": False}),
     "wan tensorwise dp2 pp2 full": ("wan", "tensorwise", 4, {"pipeline": 2, "recompute": "full"}),
     "moe tensorwise tp2 ep2 etp2": ("wan_moe", "tensorwise", 4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
+    "moe tensorwise tp2, scales of experts by rank": ("wan_moe", "tensorwise", 2, {"tensor": 2}),
+    "moe tensorwise cp2, scales of experts by rank": ("wan_moe", "tensorwise", 2, {"context": 2}),
     "moe delayed cp2 ep2": ("wan_moe", "delayed", 4, {"context": 2, "expert": 2, "recompute": "selective"}),
     "moe delayed pp2 vpp2 dp2": ("wan_moe", "delayed", 4, {"pipeline": 2, "virtual_pipeline": 2}),
     "wan blockwise tp2": ("wan", "blockwise", 2, {"tensor": 2}),
