@@ -318,7 +318,7 @@ class LogConfig:
     """What is reported, and how often."""
 
     interval_steps: int = 1
-    """Steps between lines on the terminal (metrics.jsonl has every step)."""
+    """Steps between lines on the terminal and rows of router.jsonl (metrics.jsonl has every step)."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     wandb_project: str = ""

@@ -36,7 +36,7 @@ def build_callbacks(run: Run) -> Callbacks:
     if run.mesh.is_main:
         entries.append((MetricsLog(), 1))
         if run.config.model.family == "wan_moe":
-            entries.append((RouterLog(), log.interval_steps))
+            entries.append((RouterLog(log.interval_steps), 1))
         if run.config.precision.fp8 != "off" and log.fp8_interval_steps:
             entries.append((Fp8Log(), log.fp8_interval_steps))
         if log.tensorboard:

@@ -154,15 +154,23 @@ def speed_figures(report: StepReport, num_ranks: int, peak: Peak | None) -> dict
 
 
 class RouterLog(Callback):
-    """router.jsonl, a row for all expert layers, and an event for each sign of a collapsed router (rank 0)."""
+    """router.jsonl, a row for all expert layers, and an event for each sign of a collapsed router (rank 0).
+
+    Args:
+        interval_steps: steps between rows; signs are looked for at every step.
+    """
+
+    def __init__(self, interval_steps: int) -> None:
+        self.interval_steps = interval_steps
 
     def before_training(self, run: Run) -> None:
         """Open the file behind the rows that stay."""
         self.file = MetricsFile(run.run_dir.router_file)
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        """Write the row."""
-        self.file.write({"step": report.step, "layers": layer_rows(report.routing)})
+        """Write the row where one is due, and the event."""
+        if report.step % self.interval_steps == 0:
+            self.file.write({"step": report.step, "layers": layer_rows(report.routing)})
         alarms = [alarm for layer, stats in report.routing.items() for alarm in collapse_alarms(layer, stats)]
         if alarms:
             run.event("router_alarm", step=report.step, alarms=alarms)

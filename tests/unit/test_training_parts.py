@@ -1,6 +1,7 @@
 """Parts of the loop on their own: arguments, callbacks, the stop signal, recorded losses, routing rows, the kit."""
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -24,8 +25,8 @@ from megavid.errors import CheckpointError, ConfigError, DataError
 from megavid.models.moe.stats import RoutingStats
 from megavid.ops.packs import Clip, LatentBatch, Pack
 from megavid.plan.layout import layout_of
-from megavid.training.build import check_reports
-from megavid.training.callbacks import Callback, Callbacks, WorstSamples
+from megavid.training.build import build_callbacks, check_reports
+from megavid.training.callbacks import Callback, Callbacks, RouterLog, WorstSamples
 from megavid.training.kit import KIT, VOCABULARY, SamplingKit
 from megavid.training.resume import check_init_from
 from megavid.training.routing import join_stages, layer_rows, worst_figures
@@ -268,3 +269,23 @@ def test_what_deepspeed_trained_is_sampled_in_any_layout(tmp_path: Path) -> None
 def test_several_prompts_get_numbered_files() -> None:
     assert files_of(Path("a/clip.mp4"), 1) == [Path("a/clip.mp4")]
     assert files_of(Path("a/clip.mp4"), 2) == [Path("a/clip_1.mp4"), Path("a/clip_2.mp4")]
+
+
+def test_alarms_of_routers_come_at_every_step_and_rows_at_the_interval(tmp_path: Path) -> None:
+    collapsed = RoutingStats(*(torch.zeros(shape) for shape in ((1, 8), (1, 8), 1, 1, 1, (), ())))
+    collapsed.counts_QE[0, 3] = collapsed.tokens_Q[0] = 100.0
+    alarmed: list[int] = []
+    run: Any = SimpleNamespace(
+        config=load_run("tiny", ["--log.interval_steps", "2"]),
+        mesh=SimpleNamespace(is_main=True, world_size=1),
+        run_dir=SimpleNamespace(router_file=tmp_path / "router.jsonl"),
+        event=lambda name, step, alarms: alarmed.append(step),
+    )
+    entries = [entry for entry in build_callbacks(run).entries if isinstance(entry[0], RouterLog)]
+    with Callbacks(run, entries) as callbacks:
+        for step in range(1, 5):
+            report: Any = SimpleNamespace(step=step, routing={1: collapsed})
+            callbacks.after_step(report)
+    assert alarmed == [1, 2, 3, 4]
+    rows = (tmp_path / "router.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [2, 4]
