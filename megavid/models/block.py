@@ -83,17 +83,7 @@ class Block(nn.Module):
         self.is_moe = model.is_moe_layer(layer)
         self.feed_forward: Any
         if self.is_moe:
-            mesh = build.mesh
-            self.feed_forward = build_moe(
-                build.transformer,
-                model,
-                layer,
-                mesh.groups,
-                mesh.layout,
-                mesh.coordinates,
-                build.ops.moe,
-                fp8=build.fp8,
-            )
+            self.feed_forward = build_moe(build, layer)
         else:
             self.feed_forward = FeedForward(build, f"{name}.ffn")
         for parameter, suffix, init in (

@@ -110,7 +110,13 @@ class Build:
 
 
 def column_linear(
-    build: Build, names: Sequence[str], input_size: int, output_size: int, *, of_text: bool = False
+    build: Build,
+    names: Sequence[str],
+    input_size: int,
+    output_size: int,
+    *,
+    of_text: bool = False,
+    has_bias: bool = True,
 ) -> Any:
     """Matrices of one input whose outputs are split over tensor-parallel ranks, fused into one product.
 
@@ -120,6 +126,7 @@ def column_linear(
         input_size: width of the input.
         output_size: width of each output in model space.
         of_text: the input is the whole caption on every rank, not a shard of the tokens.
+        has_bias: give the matrices biases.
 
     Returns:
         megatron-core's ColumnParallelLinear, or its twin in FP8, with adapters where the run has some; its output is
@@ -136,7 +143,7 @@ def column_linear(
         output_size * len(names),
         config=transformer,
         init_method=nn.Identity(),
-        bias=True,
+        bias=has_bias,
         gather_output=False,
         skip_bias_add=False,
         tp_group=build.mesh.group("tp"),
@@ -155,25 +162,26 @@ def column_linear(
         )
         biases.append(Piece(f"{name}.bias", (output_size,), (first,), (local,), start=number * local))
     place(linear.weight, Placement(tuple(weights), frozenset({"tp"}), init=Init(std=input_size**-0.5)))
-    place(linear.bias, Placement(tuple(biases), frozenset({"tp"}), has_decay=False))
+    if has_bias:
+        place(linear.bias, Placement(tuple(biases), frozenset({"tp"}), has_decay=False))
     if build.lora.adapts(names[0]):
         return Adapted(linear, ColumnAdapter(build, names, input_size, output_size, of_text=of_text))
     return linear
 
 
-def row_linear(build: Build, name: str, input_size: int, output_size: int) -> Any:
+def row_linear(build: Build, name: str, input_size: int, output_size: int, *, has_bias: bool = True) -> Any:
     """A matrix whose input is split over tensor-parallel ranks; the sum goes to all of them, or to each its tokens.
 
     Returns:
-        megatron-core's RowParallelLinear, or its twin in FP8, [output_size, input_size] in model space, with its bias,
-        and with an adapter where the run has some.
+        megatron-core's RowParallelLinear, or its twin in FP8, [output_size, input_size] in model space, with its bias
+        if it has one, and with an adapter where the run has some.
     """
     linear = row_class(build.fp8, name, build.mesh.group("tp_cp"))(
         input_size,
         output_size,
         config=build.transformer,
         init_method=nn.Identity(),
-        bias=True,
+        bias=has_bias,
         input_is_parallel=True,
         skip_bias_add=False,
         tp_group=build.mesh.group("tp"),
@@ -181,7 +189,8 @@ def row_linear(build: Build, name: str, input_size: int, output_size: int) -> An
     local = input_size // build.tp
     piece = Piece(f"{name}.weight", (output_size, input_size), (0, build.tp_rank * local), (output_size, local))
     place(linear.weight, Placement((piece,), frozenset({"tp"}), init=Init(std=input_size**-0.5)))
-    build.place_whole(linear.bias, f"{name}.bias", init=Init(), is_partial=True, has_decay=False)
+    if has_bias:
+        build.place_whole(linear.bias, f"{name}.bias", init=Init(), is_partial=True, has_decay=False)
     if build.lora.adapts(name):
         return Adapted(linear, RowAdapter(build, name, input_size, output_size))
     return linear

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from megavid.config.schema import ModelConfig, MoEConfig
+from megavid.models.build import Build
 from megavid.models.moe.layer import VideoMoELayer, build_moe
 from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo
@@ -84,7 +85,7 @@ def build(case: Case, mesh: Mesh) -> VideoMoELayer:
         gradient_accumulation_fusion=False,
         params_dtype=case.dtype,
     )
-    layer = build_moe(config, case.model, 1, mesh.groups, layout, mesh.coordinates)
+    layer = build_moe(Build(case.model, config, mesh, is_first_chunk=True), 1)
     fill(layer)
     if layer.router.expert_bias is not None:
         layer.router.expert_bias.copy_(bias_of(case.model, case.favourites))

@@ -7,68 +7,46 @@ Over expert-tensor ranks hidden units are split, so the output is a part of a su
 last bias is split too, by output column: no rank holds a copy of another's numbers, so none can drift or count twice.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megavid.config.schema import ModelConfig
 from megavid.errors import ConfigError
+from megavid.models.build import Build
 from megavid.models.fp8 import Fp8Build
 from megavid.ops.grouped_experts import ExpertScalings, ExpertWeights, grouped_experts
-from megavid.ops.moe_ops import Activate
 from megavid.parallel.placement import Init, Piece, Placement, place
-from megavid.plan.layout import Layout
 
 
 class GroupedExperts(nn.Module):
     """Routed experts ``ep_rank * e`` to ``(ep_rank + 1) * e - 1`` of a layer, this rank's part of their hidden units.
 
     Args:
-        num_local_experts: experts on this rank, e.
-        model: the model's config.
+        build: what the block is built from.
         name: the layer's name in model space, such as ``blocks.3.moe``.
-        layout: the run's layout.
-        coordinates: where this rank stands on its axes.
-        dtype: of the parameters.
-        device: of the parameters.
-        activate: see ``megavid.ops.moe_ops.MoEOps``.
 
     Raises:
         ConfigError: ``parallel.expert_tensor`` does not divide the widths.
     """
 
-    def __init__(
-        self,
-        num_local_experts: int,
-        model: ModelConfig,
-        name: str,
-        layout: Layout,
-        coordinates: dict[str, int],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        activate: Activate | None = None,
-    ) -> None:
+    def __init__(self, build: Build, name: str) -> None:
         super().__init__()
-        moe, width = model.moe, model.hidden_size
+        moe, width = build.model.moe, build.model.hidden_size
+        layout, coordinates = build.mesh.layout, build.mesh.coordinates
         for key, size in (("model.moe.expert_ffn_size", moe.expert_ffn_size), ("model.hidden_size", width)):
             if size % layout.etp:
                 raise ConfigError(f"parallel.expert_tensor = {layout.etp} must divide {key} = {size}")
         self.name, self.hidden_size, self.ffn_size = f"{name}.experts", width, moe.expert_ffn_size
-        self.num_local_experts, self.activate = num_local_experts, activate
-        self.first_expert = coordinates["ep"] * num_local_experts
+        self.num_local_experts, self.activate = moe.num_experts // layout.ep, build.ops.moe.activate
+        self.first_expert = coordinates["ep"] * self.num_local_experts
         self.part, self.parts = coordinates["etp"], layout.etp
-        self._kind: dict[str, Any] = {"dtype": dtype, "device": device}
         hidden = moe.expert_ffn_size // layout.etp
         self.first_column = self.part * (width // layout.etp)
-        self.up_weight = self._matrix("up", hidden, width)
-        self.up_bias = self._bias("up", hidden) if moe.has_bias else None
-        self.gate_weight = self._matrix("gate", hidden, width) if moe.activation == "swiglu" else None
-        self.gate_bias = self._bias("gate", hidden) if moe.has_bias and moe.activation == "swiglu" else None
-        self.down_weight = self._matrix("down", width, hidden)
-        self.down_bias = self._bias("down", width // layout.etp) if moe.has_bias else None
+        self.up_weight = self._matrix(build, "up", hidden, width)
+        self.up_bias = self._bias(build, "up", hidden) if moe.has_bias else None
+        self.gate_weight = self._matrix(build, "gate", hidden, width) if moe.activation == "swiglu" else None
+        self.gate_bias = self._bias(build, "gate", hidden) if moe.has_bias and moe.activation == "swiglu" else None
+        self.down_weight = self._matrix(build, "down", width, hidden)
+        self.down_bias = self._bias(build, "down", width // layout.etp) if moe.has_bias else None
         self.scalings: nn.ModuleDict = nn.ModuleDict()
 
     def in_fp8(self, fp8: Fp8Build, group: ProcessGroup) -> "GroupedExperts":
@@ -104,20 +82,21 @@ class GroupedExperts(nn.Module):
         )
         return out_SD, None
 
-    def _matrix(self, which: str, rows: int, columns: int) -> nn.Parameter:
+    def _matrix(self, build: Build, which: str, rows: int, columns: int) -> nn.Parameter:
         """Matrix ``which`` of the local experts; hidden units are rows of ``up`` and ``gate``, columns of ``down``."""
         is_down = which == "down"
         whole = (rows, columns * self.parts) if is_down else (rows * self.parts, columns)
         offset = (0, self.part * columns) if is_down else (self.part * rows, 0)
         init = Init(std=whole[1] ** -0.5)
-        return self._placed(f"{which}.weight", whole, offset, (rows, columns), init, has_decay=True)
+        return self._placed(build, f"{which}.weight", whole, offset, (rows, columns), init, has_decay=True)
 
-    def _bias(self, which: str, size: int) -> nn.Parameter:
+    def _bias(self, build: Build, which: str, size: int) -> nn.Parameter:
         whole, offset = (size * self.parts,), (self.part * size,)
-        return self._placed(f"{which}.bias", whole, offset, (size,), Init(), has_decay=False)
+        return self._placed(build, f"{which}.bias", whole, offset, (size,), Init(), has_decay=False)
 
     def _placed(
         self,
+        build: Build,
         suffix: str,
         whole: tuple[int, ...],
         offset: tuple[int, ...],
@@ -126,7 +105,7 @@ class GroupedExperts(nn.Module):
         *,
         has_decay: bool,
     ) -> nn.Parameter:
-        parameter = nn.Parameter(torch.empty(self.num_local_experts, *local, **self._kind))
+        parameter = build.empty(self.num_local_experts, *local)
         size = parameter.numel() // self.num_local_experts
         pieces = tuple(
             Piece(f"{self.name}.{self.first_expert + e}.{suffix}", whole, offset, local, start=e * size)

@@ -9,20 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megavid.config.schema import ModelConfig
-from megavid.models.fp8 import Fp8Build
+from megavid.models.build import Build
 from megavid.models.moe.dispatcher import build_dispatcher
 from megavid.models.moe.experts import GroupedExperts
 from megavid.models.moe.router import Router
 from megavid.models.moe.shared import SharedExpert
 from megavid.models.moe.stats import RoutingStats, routing_stats
 from megavid.models.moe.tokens import TokenInfo
-from megavid.ops.moe_ops import REFERENCE_MOE, MoEOps
 from megavid.ops.norm import residual
 from megavid.ops.regions import region
-from megavid.parallel import mcore
-from megavid.parallel.placement import Init, Piece, Placement, place
-from megavid.plan.layout import Layout
+from megavid.parallel.placement import Init
 
 
 class VideoMoELayer(nn.Module):
@@ -98,81 +94,33 @@ def _keep_for(tensor: Tensor, stream: Any) -> None:
         tensor.record_stream(stream)
 
 
-def build_moe(
-    config: Any,
-    model: ModelConfig,
-    layer: int,
-    groups: Any,
-    layout: Layout,
-    coordinates: dict[str, int],
-    ops: MoEOps = REFERENCE_MOE,
-    *,
-    fp8: Fp8Build | None = None,
-) -> VideoMoELayer:
+def build_moe(build: Build, layer: int) -> VideoMoELayer:
     """The expert layer of block ``layer`` (from 0 in the whole model), with no values in its parameters yet.
 
     Args:
-        config: megatron-core's TransformerConfig of this layout.
-        model: the model's config.
+        build: what the block is built from.
         layer: number of the block.
-        groups: megatron-core's ProcessGroupCollection.
-        layout: the run's layout.
-        coordinates: where this rank stands on its axes.
-        ops: what the layer computes between its matrix products.
-        fp8: how experts and the shared one are in FP8; None for not at all.
 
     Raises:
         ConfigError: the dispatcher cannot run here, or the layout does not divide the experts.
     """
-    moe, name = model.moe, f"blocks.{layer}.moe"
-    device = _device(config)
-    shared = None
-    if moe.shared_ffn_size:
-        shared = SharedExpert(config, model, f"{name}.shared", groups, layout, coordinates, fp8=fp8)
-    num_local_experts = moe.num_experts // layout.ep
-    dtype: torch.dtype = config.params_dtype
-    experts = GroupedExperts(
-        num_local_experts, model, name, layout, coordinates, dtype=dtype, device=device, activate=ops.activate
-    )
+    moe, name, groups, ops = build.model.moe, f"blocks.{layer}.moe", build.mesh.groups, build.ops.moe
+    experts = GroupedExperts(build, name)
     return VideoMoELayer(
-        router=build_router(model, name, groups, layout, dtype=dtype, device=device, ops=ops),
-        experts=experts if fp8 is None else experts.in_fp8(fp8, groups.tp_ep),
-        dispatcher=build_dispatcher(moe, num_local_experts, config, groups, ops.permutation),
-        shared=shared,
-        overlaps_shared=bool(config.moe_shared_expert_overlap),
+        router=build_router(build, name),
+        experts=experts if build.fp8 is None else experts.in_fp8(build.fp8, groups.tp_ep),
+        dispatcher=build_dispatcher(moe, experts.num_local_experts, build.transformer, groups, ops.permutation),
+        shared=SharedExpert(build, f"{name}.shared") if moe.shared_ffn_size else None,
+        overlaps_shared=bool(build.transformer.moe_shared_expert_overlap),
     )
 
 
-def build_router(
-    model: ModelConfig,
-    name: str,
-    groups: Any,
-    layout: Layout,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    ops: MoEOps = REFERENCE_MOE,
-) -> Router:
+def build_router(build: Build, name: str) -> Router:
     """The router of the expert layer ``name``; its weight is fp32 in every precision of the model."""
-    shape = (model.moe.num_experts, model.hidden_size)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = nn.Parameter(torch.empty(shape, dtype=wide, device=device))
-    piece = Piece(f"{name}.router.weight", shape, (0, 0), shape)
+    model, layout = build.model, build.mesh.layout
+    weight = build.empty(model.moe.num_experts, model.hidden_size, is_fp32=True)
     # Every tensor-parallel rank routes its own tokens, so its gradient is a part of the sum.
-    placement = Placement(
-        (piece,),
-        is_partial_over_tp=layout.sequence,
-        has_decay=False,
-        init=Init(std=model.hidden_size**-0.5),
-    )
-    place(weight, placement)
+    init = Init(std=model.hidden_size**-0.5)
+    build.place_whole(weight, f"{name}.router.weight", init=init, is_partial=True, has_decay=False)
     is_shared = layout.sequence or layout.cp > 1
-    return Router(model.moe, weight, groups.tp_cp if is_shared else None, ops)
-
-
-def _device(config: Any) -> torch.device:
-    """Where parameters live; a ``torch.device("meta")`` context wins, to count a model without building it."""
-    default = torch.get_default_device()
-    if default.type == "meta":
-        return default
-    return torch.device("cpu") if config.use_cpu_initialization else mcore.current_device()
+    return Router(model.moe, weight, build.mesh.groups.tp_cp if is_shared else None, build.ops.moe)
