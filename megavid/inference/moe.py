@@ -71,16 +71,15 @@ class Router(nn.Module):
         logits_TE = logits_BTE.flatten(0, 1)
         if self.moe.router == "softmax":
             scores_TE = logits_TE.softmax(-1)
-            return self._token_choice(scores_TE, scores_TE, 1.0)
+            return self._token_choice(scores_TE, None, 1.0)
         scores_TE = logits_TE.sigmoid()
-        return self._token_choice(scores_TE, scores_TE + wide(self.expert_bias), self.moe.route_scale)
+        return self._token_choice(scores_TE, wide(self.expert_bias), self.moe.route_scale)
 
-    def _token_choice(self, scores_TE: Tensor, selection_TE: Tensor, scale: float) -> Slots:
+    def _token_choice(self, scores_TE: Tensor, bias_E: Tensor | None, scale: float) -> Slots:
         moe = self.moe
-        selection_TE = moe_math.within_top_groups(
-            selection_TE, num_groups=moe.num_groups, top_groups=moe.top_groups, top_k=moe.top_k
+        ids_TK = moe_math.choose(
+            scores_TE, bias_E, top_k=moe.top_k, num_groups=moe.num_groups, top_groups=moe.top_groups
         )
-        ids_TK = moe_math.top_experts(selection_TE, moe.top_k)
         gates_TK = moe_math.gates_of(scores_TE, ids_TK) * scale
         slot = torch.arange(ids_TK.numel(), device=ids_TK.device)
         return Slots(slot // moe.top_k, ids_TK.flatten(), gates_TK.flatten(), moe.top_k)

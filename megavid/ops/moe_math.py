@@ -39,6 +39,13 @@ def within_top_groups(selection_TE: Tensor, *, num_groups: int, top_groups: int,
     return grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).view(tokens, experts)
 
 
+def choose(scores_TE: Tensor, bias_E: Tensor | None, *, top_k: int, num_groups: int, top_groups: int) -> Tensor:
+    """Expert numbers of each token, best first, [T, K] int64; the bias is added for the choice alone."""
+    selection_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+    within_TE = within_top_groups(selection_TE, num_groups=num_groups, top_groups=top_groups, top_k=top_k)
+    return top_experts(within_TE, top_k)
+
+
 def round_robin(valid_T: Tensor, *, top_k: int, num_experts: int) -> Tensor:
     """Expert numbers that give every expert the same load: the next ``top_k`` for each valid token, [T, K] int64."""
     turn_T = valid_T.cumsum(0) - 1
@@ -54,6 +61,13 @@ def gates_of(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
     if ids_TK.shape[1] == 1:
         return selected_TK
     return selected_TK / (selected_TK.sum(-1, keepdim=True) + SMALLEST_SUM)
+
+
+def gates_and_map(scores_TE: Tensor, ids_TK: Tensor, is_valid_T: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gates times ``scale``, zero where a token does not go, and where each token goes, bool; both [T, E]."""
+    map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, ids_TK, True) & is_valid_T.unsqueeze(1)
+    probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, gates_of(scores_TE, ids_TK) * scale)
+    return torch.where(map_TE, probs_TE, 0.0), map_TE
 
 
 def expert_choice(scores_TE: Tensor, clip_T: Tensor, capacity_G: Tensor) -> Tensor:

@@ -74,15 +74,10 @@ def router_topk_reference(
         scale: factor on the gates.
     """
     _check(scores_TE, bias_E, bucket_T, num_buckets, top_k, num_groups, top_groups)
-    selection_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-    selection_TE = moe_math.within_top_groups(selection_TE, num_groups=num_groups, top_groups=top_groups, top_k=top_k)
-    ids_TK = moe_math.top_experts(selection_TE, top_k)
-    is_valid_T1 = (bucket_T >= 0).unsqueeze(1)
-    map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, ids_TK, True) & is_valid_T1
-    gates_TK = moe_math.gates_of(scores_TE, ids_TK) * scale
-    probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, gates_TK)
+    ids_TK = moe_math.choose(scores_TE, bias_E, top_k=top_k, num_groups=num_groups, top_groups=top_groups)
+    probs_TE, map_TE = moe_math.gates_and_map(scores_TE, ids_TK, bucket_T >= 0, scale)
     belongs_QT = (bucket_T == torch.arange(num_buckets, device=bucket_T.device).unsqueeze(1)).float()
-    return Choice(torch.where(map_TE, probs_TE, 0.0), map_TE, belongs_QT @ map_TE.float())
+    return Choice(probs_TE, map_TE, belongs_QT @ map_TE.float())
 
 
 def router_topk_backward_reference(

@@ -6,13 +6,18 @@ with ``megavid.ops.regions``.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from megavid.config.schema import MoEConfig
 from megavid.models.attention import AcrossHeadsNorm, CrossAttention, SelfAttention
 from megavid.models.block import Block
+from megavid.models.moe.tokens import TokenInfo
 from megavid.models.video_dit import VideoTransformer
+from megavid.ops.moe_math import round_robin
 from megavid.ops.regions import mark
 from megavid.parallel.engine import Engine
 
@@ -123,10 +128,17 @@ def forced_balance(engine: Engine[Any]) -> Iterator[None]:
     Nothing sensible is learnt meanwhile.
     """
     routers = [block.feed_forward.router for chunk in engine.chunks for block in chunk.blocks if block.is_moe]
+    told = [router.on_choice for router in routers]
     for router in routers:
-        router.is_forced = True
+        router.on_choice = partial(_in_turn, router.moe)
     try:
         yield
     finally:
-        for router in routers:
-            router.is_forced = False
+        for router, before in zip(routers, told, strict=True):
+            router.on_choice = before
+
+
+def _in_turn(moe: MoEConfig, chosen: Tensor, info: TokenInfo) -> Tensor:
+    """A hook of ``Router.on_choice``: the next experts for each token, whatever was chosen."""
+    ids_TK = round_robin(info.is_valid, top_k=moe.top_k, num_experts=moe.num_experts)
+    return torch.zeros_like(chosen).scatter(1, ids_TK, True) if chosen.dtype == torch.bool else ids_TK

@@ -1,6 +1,7 @@
 """Routers on one rank: what selects, what weighs, what is left out, and losses that belong to clips."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from megavid.config.schema import MoEConfig
 from megavid.models.moe.router import Router, Routing
 from megavid.models.moe.stats import RoutingStats, collapse_alarms, routing_stats, summary, update_expert_bias_
 from megavid.models.moe.tokens import NOISE_BUCKETS, TokenInfo, noise_bucket
+from megavid.profiling.instrument import forced_balance
 
 WIDTH, EXPERTS = 12, 8
 
@@ -184,3 +186,20 @@ def test_statistics_fall_into_the_bucket_of_the_noise_level() -> None:
     assert stats.tokens_Q.tolist() == [2, 0, 0, 2]
     assert stats.counts_QE.sum(1).tolist() == [4, 0, 0, 4]
     torch.testing.assert_close(stats.prob_QE.sum(1), stats.tokens_Q)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax", "expert_choice"])
+def test_forced_balance_gives_every_expert_the_same_load_and_gates_of_the_usual_size(kind: str) -> None:
+    router, info = make_router(kind, **({"route_scale": 4.0} if kind == "sigmoid" else {})), make_info([0] * 8 + [-1])
+    block = SimpleNamespace(is_moe=True, feed_forward=SimpleNamespace(router=router))
+    engine: Any = SimpleNamespace(chunks=[SimpleNamespace(blocks=[block])])
+    before = router(make_hidden(9), info)
+    with forced_balance(engine):
+        forced = router(make_hidden(9), info)
+    assert forced.map_TE.sum(0).tolist() == [2] * EXPERTS
+    assert not forced.map_TE[8:].any()
+    assert ((forced.probs_TE != 0) == forced.map_TE).all()
+    if kind != "expert_choice":
+        assert forced.probs_TE[:8].sum(-1).tolist() == pytest.approx(before.probs_TE[:8].sum(-1).tolist())
+    after = router(make_hidden(9), info)
+    assert torch.equal(after.probs_TE, before.probs_TE)

@@ -78,11 +78,9 @@ class Router(nn.Module):
         # Megatron-core's own expert bias is off: this one moves after the decision whether a step counts.
         bias = torch.zeros(moe.num_experts, dtype=torch.float32, device=weight.device)
         self.register_buffer("expert_bias", bias if moe.router == "sigmoid" else None)
-        self.is_forced = False
-        """Balance by round robin instead of by score. Not training: a profile sets it to tell what balance would give.
-        """
         self.on_choice: OnChoice | None = None
-        """Told of every choice, and may replace it: a run records its routing, and a replay forces what was recorded.
+        """Told of every choice, and may replace it: a run records its routing, a replay forces what was recorded, and a
+        profile forces balance.
         """
 
     def forward(self, hidden_TD: Tensor, info: TokenInfo) -> Routing:
@@ -93,9 +91,6 @@ class Router(nn.Module):
         """
         logits_TE = torch.nn.functional.linear(hidden_TD.to(self.weight.dtype), self.weight)
         (probs_TE, map_TE, counts_QE), scores_TE = self.route(logits_TE, info)
-        if self.is_forced:
-            ids_TK = moe_math.round_robin(info.is_valid, top_k=self.moe.top_k, num_experts=self.moe.num_experts)
-            probs_TE, map_TE, counts_QE = self._to_experts(scores_TE, ids_TK, info)
         aux, z = self._losses(logits_TE, scores_TE, map_TE, info)
         if torch.is_grad_enabled() and (aux.requires_grad or z.requires_grad):
             loss = self.moe.aux_loss_weight * aux + self.moe.z_loss_weight * z
@@ -114,35 +109,14 @@ class Router(nn.Module):
 
     def _token_choice(self, scores_TE: Tensor, bias_E: Tensor | None, info: TokenInfo, scale: float) -> Chosen:
         moe = self.moe
-        choice = self.ops.router_topk(
-            scores_TE,
-            bias_E,
-            torch.where(info.is_valid, info.bucket_T, -1),
-            num_buckets=NOISE_BUCKETS,
-            top_k=moe.top_k,
-            num_groups=moe.num_groups,
-            top_groups=moe.top_groups,
-            scale=scale,
-        )
-        if self.on_choice is None:
-            return choice
-        selection_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-        selection_TE = moe_math.within_top_groups(
-            selection_TE, num_groups=moe.num_groups, top_groups=moe.top_groups, top_k=moe.top_k
-        )
-        chosen_TK = moe_math.top_experts(selection_TE, moe.top_k)
-        told_TK = self.on_choice(chosen_TK, info)
-        if told_TK is chosen_TK:
-            return choice
-        probs_TE, map_TE, counts = self._to_experts(scores_TE, told_TK, info)
-        return probs_TE * scale, map_TE, counts
-
-    @staticmethod
-    def _to_experts(scores_TE: Tensor, ids_TK: Tensor, info: TokenInfo) -> Chosen:
-        """The gates of a choice by number, which is still to be counted."""
-        probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, moe_math.gates_of(scores_TE, ids_TK))
-        map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, ids_TK, True) & info.is_valid.unsqueeze(1)
-        return torch.where(map_TE, probs_TE, 0.0), map_TE, None
+        rule = {"top_k": moe.top_k, "num_groups": moe.num_groups, "top_groups": moe.top_groups}
+        if self.on_choice is not None:
+            chosen_TK = moe_math.choose(scores_TE, bias_E, **rule)
+            told_TK = self.on_choice(chosen_TK, info)
+            if told_TK is not chosen_TK:
+                return *moe_math.gates_and_map(scores_TE, told_TK, info.is_valid, scale), None
+        bucket_T = torch.where(info.is_valid, info.bucket_T, -1)
+        return self.ops.router_topk(scores_TE, bias_E, bucket_T, num_buckets=NOISE_BUCKETS, **rule, scale=scale)
 
     def _expert_choice(self, logits_TE: Tensor, info: TokenInfo) -> tuple[Chosen, Tensor]:
         scores_TE = logits_TE.softmax(-1)
