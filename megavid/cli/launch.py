@@ -13,7 +13,7 @@ from megavid.cluster.submit import follow, submit
 from megavid.config.load import load_run, preset_names
 from megavid.errors import ConfigError
 from megavid.plan.answer import Answer, plan_run
-from megavid.plan.calibration import default_calibration, load_calibration
+from megavid.plan.calibration import gpu_calibration, load_calibration
 from megavid.plan.hardware import hardware, table
 from megavid.plan.job import Job
 from megavid.plan.unplanned import refuse_unplanned
@@ -168,5 +168,5 @@ def plan(asked: Asked) -> Answer:
     config = load_run(request.preset, request.flags, world_size=request.world_size)
     refuse_unplanned(config, "megavid launch slurm")
     gpu = hardware(asked.gpu)
-    calibration = load_calibration(Path(asked.calibration)) if asked.calibration else default_calibration(gpu)
+    calibration = load_calibration(Path(asked.calibration)) if asked.calibration else gpu_calibration()
     return plan_run(config, workload_of_clip(config, *asked.clip), Job(request.world_size, gpu, calibration))

@@ -347,9 +347,9 @@ def _machine(request: Request) -> Hardware:
 
 
 def _job(request: Request, gpu: Hardware) -> Job:
-    from megavid.plan.calibration import default_calibration, load_calibration
+    from megavid.plan.calibration import gpu_calibration, load_calibration
 
-    measured = load_calibration(Path(request.calibration)) if request.calibration else default_calibration(gpu)
+    measured = load_calibration(Path(request.calibration)) if request.calibration else gpu_calibration()
     return Job(request.world_size, gpu, measured, request.faults, request.headroom, request.tokens)
 
 

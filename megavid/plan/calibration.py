@@ -63,15 +63,17 @@ class CallCost:
 class Calibration:
     """Efficiencies and latencies of one machine.
 
-    Each field says what it is and, after "Probe:", what a probe on a machine at hand measures for it.
+    Each field says what it is and, after "Probe:", what a probe on a machine at hand measures for it; what is fitted
+    there (``PROBE_RANGES``) is fitted to a few timed steps of small models.
 
     Attributes:
         name: machine that it was measured on, or "gpu".
-        matrix_efficiency: share of the dense peak that a large matrix product reaches. Probe: the peak of ``Hardware``
-            is itself the best large product of the run, so 1.0.
+        matrix_efficiency: share of the dense peak that a large matrix product reaches. Probe: fitted; the peak of
+            ``Hardware`` is the best product by itself.
         attention_efficiency: share of the peak that the products in attention's forward kernel reach on long sequences,
-            its exponentials apart. Probe: forward of scaled-dot-product attention on 4,096 keys over the probe's peak,
-            divided by 4096 / (4096 + attention_half_keys); exponentials are in it (``exponential_rate`` infinite).
+            its exponentials apart. Probe: fitted, from the forward of scaled-dot-product attention on 4,096 keys over
+            the probe's peak, divided by 4096 / (4096 + attention_half_keys); exponentials are in it
+            (``exponential_rate`` infinite).
         attention_backward_ratio: FLOP/s of attention's backward kernel (2.5 times the forward's products) over the
             forward's. Probe: backward of the same call.
         attention_half_keys: keys per query at which attention reaches half of that. Probe: the same call on 256 keys.
@@ -80,22 +82,19 @@ class Calibration:
         memory_efficiency: share of the memory rate that memory-bound kernels reach. Probe: the rate of ``Hardware`` is
             the probe's copy of a tensor larger than the caches, so 1.0.
         glue_factor: seconds of memory-bound operators over those that their counted inputs and outputs take at the
-            memory rate. Probe: a block's norms, modulation, rotary embedding and activation, timed, over their counted
-            bytes.
+            memory rate. Probe: fitted, from 1.0.
         estimated_glue_factor: the same for published models, whose bytes are estimated as if fused; in the hindcast
             only. Probe: 1.0.
         nvlink_efficiency: share of the NVLink rate that collectives in one domain reach. Probe: 1.0, and ``calls``.
         network_efficiency: share of the network rate that rings across domains reach. Probe: as above.
         alltoall_efficiency: share of the network rate that all-to-alls across domains reach. Probe: rate of a large
-            all-to-all over the rate of the large all-reduce.
-        nvlink_latency_s: seconds of one tiny collective of two ranks in one domain. Probe: an all-reduce of 8 bytes.
+            all-to-all over that of all kinds of large collectives, their harmonic mean; 1.0 at most.
+        nvlink_latency_s: seconds of one tiny collective of two ranks in one domain. Probe: an all-reduce of 2 KiB.
         network_latency_s: likewise across domains. Probe: the same number where there is one machine.
-        operator_s: seconds of host time to issue one operator. Probe: forward and backward of a model so small that
-            nothing else takes time, over its operators.
+        operator_s: seconds of host time to issue one operator. Probe: fitted, from operators on one number each.
         stall_s: seconds that one pass of a layer with dropless experts leaves the device idle: its host reads how many
             rows go where, and issues many small operators. Probe: 0 on a CPU, where nothing runs ahead of the host.
-        step_s: seconds of host work once a step (gradient norm, data, logging). Probe: a step of that small model less
-            its forward and backward.
+        step_s: seconds of host work once a step (gradient norm, data, logging). Probe: fitted, from 0.
         expert_overlap: share of expert all-to-alls hidden when one microbatch's run beside another's computation.
         routing_imbalance: rows of the busiest expert-parallel rank over the mean under real, trained routing. Probe:
             1.0; short runs measure it in their own metrics.
@@ -242,9 +241,3 @@ def gpu_calibration() -> Calibration:
         source={key: entry["source"] for key, entry in entries.items()},
         **{key: entry["value"] for key, entry in entries.items()},
     )
-
-
-def default_calibration(hardware: Hardware | None = None) -> Calibration:
-    """The calibration of a machine of the table; all of them share one, whose shares of peak are what is common."""
-    del hardware
-    return gpu_calibration()

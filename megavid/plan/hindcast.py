@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from megavid.plan.calibration import FREE, Calibration, default_calibration
+from megavid.plan.calibration import FREE, Calibration, gpu_calibration
 from megavid.plan.critical_path import Stage, StepTime, step_time_of
 from megavid.plan.fitting import fit_numbers
 from megavid.plan.hardware import Hardware, hardware, table
@@ -165,7 +165,7 @@ def rows() -> tuple[PublishedRun, ...]:
 def hindcast() -> Hindcast:
     """Predict every row from the others: some seventy small fits, a few seconds."""
     every = cases()
-    fitted = fit(every, default_calibration())
+    fitted = fit(every, gpu_calibration())
     families = _fits_without(lambda case: case.family, fitted)
     publishers = _fits_without(lambda case: case.run.source.publisher, fitted)
     lines = []

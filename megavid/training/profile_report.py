@@ -16,7 +16,7 @@ import torch
 import megavid
 from megavid.config.load import dump_toml
 from megavid.config.schema import RunConfig
-from megavid.plan.calibration import Calibration, default_calibration
+from megavid.plan.calibration import Calibration, gpu_calibration
 from megavid.plan.flops import Flops, forward_flops, recompute_flops
 from megavid.plan.hardware import Hardware
 from megavid.plan.parameters import count
@@ -99,7 +99,7 @@ def _run_of(config: RunConfig, asked: Asked, profile: Profile, run: RoutingRun) 
 def known_machine(device: str) -> tuple[Hardware, Calibration] | None:
     """This GPU in the hardware table, with the calibration that all GPUs share; None for what is not in it."""
     machine = machine_of(torch.cuda.get_device_name()) if device == "cuda" else None
-    return None if machine is None else (machine, default_calibration(machine))
+    return None if machine is None else (machine, gpu_calibration())
 
 
 def figures_of(config: RunConfig, run: RoutingRun) -> RunFigures:

@@ -8,7 +8,7 @@ import pytest
 from megavid.config.load import load_run
 from megavid.plan.advice import CAUSES, causes_of, input_seconds
 from megavid.plan.answer import Answer, plan_run
-from megavid.plan.calibration import default_calibration
+from megavid.plan.calibration import gpu_calibration
 from megavid.plan.critical_path import AXIS_PARTS
 from megavid.plan.flops import PARTS
 from megavid.plan.hardware import hardware
@@ -23,7 +23,7 @@ H100 = hardware("h100-80gb")
 def plan(preset: str, world: int, *flags: str, **options: Any) -> Answer:
     config = load_run(preset, flags)
     workload = workload_of_clip(config, 81, 480, 832)
-    return plan_run(config, workload, Job(world, H100, default_calibration(H100), **options))
+    return plan_run(config, workload, Job(world, H100, gpu_calibration(), **options))
 
 
 def test_every_part_of_a_step_has_one_cause() -> None:

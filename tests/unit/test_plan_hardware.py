@@ -16,7 +16,7 @@ from megavid.plan.calibration import (
     PROBE_RANGES,
     Calibration,
     CallCost,
-    default_calibration,
+    gpu_calibration,
     load_calibration,
     load_probe,
     save_probe,
@@ -66,27 +66,27 @@ def test_a_machine_without_rates_is_refused() -> None:
 
 
 def test_every_number_of_the_calibration_has_a_source() -> None:
-    calibration = default_calibration()
+    calibration = gpu_calibration()
     assert set(NUMBERS) <= set(calibration.source)
     assert all(len(calibration.source[name]) > 15 for name in NUMBERS)
 
 
 def test_fitted_numbers_are_few_and_stand_in_their_plausible_ranges() -> None:
-    numbers = default_calibration().numbers()
+    numbers = gpu_calibration().numbers()
     assert len(FREE) <= 5
     for name, (low, high) in FREE.items():
         assert low <= numbers[name] <= high, name
-        assert "fit_calibration.py" in default_calibration().source[name]
+        assert "fit_calibration.py" in gpu_calibration().source[name]
 
 
 def test_calibration_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "probe.json"
-    default_calibration().save(path)
-    assert load_calibration(path) == default_calibration()
+    gpu_calibration().save(path)
+    assert load_calibration(path) == gpu_calibration()
 
 
 def test_a_probe_must_fill_every_field() -> None:
-    measured = json.loads(json.dumps({**vars(default_calibration()), "source": {}}))
+    measured = json.loads(json.dumps({**vars(gpu_calibration()), "source": {}}))
     assert Calibration.from_probe({**measured, "is_asynchronous": False}).is_asynchronous is False
     with pytest.raises(ConfigError, match="lacks operator_s"):
         Calibration.from_probe({key: value for key, value in measured.items() if key != "operator_s"})
@@ -106,11 +106,11 @@ def test_a_probed_machine_survives_its_file(tmp_path: Path) -> None:
         name="cpu", peak={"fp32": 1e11}, memory_bytes=2**33, memory_rate=1e10, nvlink_rate=1e9, nvlink_domain=8,
         network_rate=1e9,
     )  # fmt: skip
-    save_probe(path, machine, default_calibration())
-    assert load_probe(path) == (machine, default_calibration())
-    assert load_calibration(path) == default_calibration()
+    save_probe(path, machine, gpu_calibration())
+    assert load_probe(path) == (machine, gpu_calibration())
+    assert load_calibration(path) == gpu_calibration()
     assert set(PROBE_RANGES) <= set(NUMBERS)
-    measured = replace(default_calibration(), crowding=1.2, calls={"send": CallCost(1e-3, 1e9)})
+    measured = replace(gpu_calibration(), crowding=1.2, calls={"send": CallCost(1e-3, 1e9)})
     save_probe(path, machine, measured)
     assert load_probe(path) == (machine, measured)
     for calls, reason in (

@@ -6,7 +6,7 @@ import pytest
 
 from megavid.config.load import load_run
 from megavid.errors import ConfigError
-from megavid.plan.calibration import FREE, default_calibration
+from megavid.plan.calibration import FREE, gpu_calibration
 from megavid.plan.flops import model_flops
 from megavid.plan.hardware import Hardware, hardware
 from megavid.plan.hindcast import (
@@ -90,9 +90,9 @@ def test_left_out_rows_are_predicted_within_fifteen_percent_in_the_mean() -> Non
 
 
 def test_the_stored_numbers_are_what_the_fit_finds() -> None:
-    found = fit(cases(), default_calibration())
+    found = fit(cases(), gpu_calibration())
     for name, (low, high) in FREE.items():
-        stored = default_calibration().numbers()[name]
+        stored = gpu_calibration().numbers()[name]
         assert found.numbers()[name] == pytest.approx(stored, abs=0.01 * (high - low)), name
     errors = hindcast().errors()
     assert errors.keys() == stored_errors().keys()
@@ -101,13 +101,13 @@ def test_the_stored_numbers_are_what_the_fit_finds() -> None:
 
 
 def test_the_fit_finds_its_way_from_elsewhere_and_repeats_to_the_last_bit() -> None:
-    start = default_calibration().with_numbers(
+    start = gpu_calibration().with_numbers(
         matrix_efficiency=0.6, estimated_glue_factor=1.0, routing_imbalance=1.5, expert_overlap=0.1
     )
     found = fit(cases(), start)
     assert found == fit(cases(), start)
     for name, (low, high) in FREE.items():
-        assert found.numbers()[name] == pytest.approx(default_calibration().numbers()[name], abs=0.03 * (high - low))
+        assert found.numbers()[name] == pytest.approx(gpu_calibration().numbers()[name], abs=0.03 * (high - low))
 
 
 def test_nothing_of_a_row_enters_its_own_prediction() -> None:

@@ -11,7 +11,7 @@ from megavid.config.load import load_run
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
 from megavid.plan.bounds import RECOMPUTE, STRATEGIES
-from megavid.plan.calibration import default_calibration
+from megavid.plan.calibration import gpu_calibration
 from megavid.plan.enumerate import Space
 from megavid.plan.hardware import Hardware, hardware
 from megavid.plan.job import Job
@@ -23,7 +23,7 @@ from megavid.plan.workload import workload_of_clip
 
 CLIP = (17, 256, 256)
 H100 = hardware("h100-80gb")
-CALIBRATION = default_calibration(H100)
+CALIBRATION = gpu_calibration()
 
 
 def small(family: str, **train: Any) -> RunConfig:

@@ -6,7 +6,7 @@ import pytest
 
 from megavid.config.load import load_run
 from megavid.config.schema import RunConfig
-from megavid.plan.calibration import PROBE_RANGES, Calibration, CallCost, default_calibration
+from megavid.plan.calibration import PROBE_RANGES, Calibration, CallCost, gpu_calibration
 from megavid.plan.critical_path import Schedule, Stage, bubble_share, step_time_of
 from megavid.plan.fitting import fit_numbers
 from megavid.plan.flops import stage_flops
@@ -18,7 +18,7 @@ from megavid.plan.workload import Workload, workload_of_clip, workload_of_run
 from tests.support.flagship import PLAIN
 
 H100 = hardware("h100-80gb")
-CALIBRATION = default_calibration(H100)
+CALIBRATION = gpu_calibration()
 
 
 def planned(preset: str, world: int, *overrides: str) -> tuple[RunConfig, Layout, Workload]:
