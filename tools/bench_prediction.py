@@ -1,6 +1,6 @@
 """Predicted against measured step time on this machine's CPU ranks, after a probe of about 30 seconds.
 
-    python tools/bench_prediction.py                     # about 3 minutes on a machine that does nothing else
+    python tools/bench_prediction.py                     # about 4 minutes on a machine that does nothing else
     python tools/bench_prediction.py --save probe.json   # keep the last probe for `megavid plan --calibration`
 
 Every round probes the machine once, then trains each case for a few steps, in two passes of opposite order; a row
@@ -73,7 +73,6 @@ CASES = (
         name="8 experts, tp2+sp", ranks=2, layers=4, width=256, ffn=512, clips=(768,), experts=8, expert_ffn=256,
         shared_ffn=256, parallel=_parallel(tensor=2, expert=2),
     ),
-    # Added after the probe and the model behind it were last changed.
     Case(
         name="8 experts, 2 clips, recompute selective", layers=4, width=320, ffn=960, clips=(448, 192), experts=8,
         expert_ffn=192, parallel=_parallel(recompute="selective"),
