@@ -165,7 +165,7 @@ def _of_memory(case: _Case) -> str:
 
 
 def _of_input() -> str:
-    return "read faster storage, keep latents in fp8, or raise parallel.* so that fewer replicas read at once"
+    return "read faster storage, or raise parallel.* so that fewer replicas read at once"
 
 
 def _of_recompute(case: _Case) -> str:

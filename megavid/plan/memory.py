@@ -125,7 +125,9 @@ def memory_of(
             "activations": activations,
             "dispatcher": dispatcher,
             "context_parallel": context,
-            "fp8": 0,  # no copies: matrices are rounded again for each product; histories are a few numbers
+            # Copies of matrices in FP8. None is kept, under any precision.fp8: a matrix is rounded again for each
+            # product, and histories are a few numbers. Inputs that are kept in FP8 are counted at their wide size.
+            "fp8": 0,
             "communicators": communicator_bytes(config, layout, domain),
             "cuda_context": CUDA_CONTEXT_BYTES,
             "allocator_slack": round(SLACK * (activations + dispatcher + context)),
