@@ -94,27 +94,8 @@ def train_from(
     Returns:
         The final state, or the decision to go back.
     """
-    mesh = engine.mesh
-    source = build_source(config)
-    text_encoder = build_text_encoder(config)
-    kit = SamplingKit.of(config, source, text_encoder)
-    base = agreed_base(config, source, start, mesh)
-    state, loader_state = load_or_initialize(engine, config, source, run_dir, start, base)
-    if back is not None:
-        state.go_back_from(back.later)
-    objective = FlowObjective(config.diffusion, config.train.seed)
-    take_step = TrainStep(config, engine, objective)
-    loader = Loader(
-        config, source, text_encoder, dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
-        start_step=state.data_step + 1, state=loader_state, drops_caption=objective.drops_caption,
-    )  # fmt: skip
-    saver = AsyncSaver(
-        run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
-        layout=mesh.layout.describe(), extra={**kit.files(), **({BASE: base.to_bytes()} if base else {})},
-        fence=start.fence,
-    )  # fmt: skip
-    run = Run(config, mesh, engine, run_dir, state, loader, kit, known_peak(mesh.device))
-
+    run, take_step, saver = open_run(config, engine, run_dir, start, back)
+    mesh, state, loader = engine.mesh, run.state, run.loader
     with loader, saver:
         if back is not None:
             save(run, saver)
@@ -135,7 +116,7 @@ def train_from(
                     if back is not None:
                         return back
                 if state.bad_in_a_row >= config.train.max_bad_steps:
-                    raise numerical_stop(run, report, first_bad_part(engine, objective, microbatches))
+                    raise numerical_stop(run, report, first_bad_part(engine, take_step.objective, microbatches))
 
                 saver.poll()  # a save that failed in the background ends the run here
                 stop.agree()  # every rank takes the same decision, once per step
@@ -146,6 +127,32 @@ def train_from(
     if config.lora.rank and mesh.is_main:
         write_adapter(run_dir)
     return finish(run, stop.agreed)
+
+
+def open_run(
+    config: RunConfig, engine: Engine[Any], run_dir: RunDir, start: Start, back: RollBack | None
+) -> tuple[Run, TrainStep, AsyncSaver]:
+    """Fill the engine, and build what feeds it, steps it and saves it; loader and saver are not entered yet."""
+    mesh = engine.mesh
+    source = build_source(config)
+    text_encoder = build_text_encoder(config)
+    kit = SamplingKit.of(config, source, text_encoder)
+    base = agreed_base(config, source, start, mesh)
+    state, loader_state = load_or_initialize(engine, config, source, run_dir, start, base)
+    if back is not None:
+        state.go_back_from(back.later)
+    objective = FlowObjective(config.diffusion, config.train.seed)
+    take_step = TrainStep(config, engine, objective)
+    loader = Loader(
+        config, source, text_encoder, dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
+        start_step=state.data_step + 1, state=loader_state, drops_caption=objective.drops_caption,
+    )  # fmt: skip
+    saver = AsyncSaver(
+        run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
+        layout=mesh.layout.describe(), extra={**kit.files(), **({BASE: base.to_bytes()} if base else {})},
+        fence=start.fence,
+    )  # fmt: skip
+    return Run(config, mesh, engine, run_dir, state, loader, kit, known_peak(mesh.device)), take_step, saver
 
 
 def save(run: Run, saver: AsyncSaver) -> None:
