@@ -158,5 +158,10 @@ def check(config: RunConfig, out: Path) -> list[str]:
     notices = []
     if config.train.init_from and not (out / "checkpoints").exists():
         notices = told_differences(config, check_init_from(config, source))
+    if config.data.kind == "synthetic" and config.data.path:
+        notices.append(
+            f"data.path = '{config.data.path}' is not read: data.kind = 'synthetic' trains on procedural clips; "
+            "--data.kind shards reads it"
+        )
     source.close()
     return notices
