@@ -155,7 +155,7 @@ class Gap:
 @contextmanager
 def groups_of(plan: ContextPlan) -> Iterator[ContextGroups]:
     """The groups of a world of ``plan.cp`` ranks."""
-    groups = open_context_groups(Layout(cp=plan.cp, context=plan), dist.get_rank(), dist.group.WORLD)
+    groups = open_context_groups(Layout(cp=plan.cp, context=plan), dist.get_rank(), dist.group.WORLD, 600.0)
     try:
         yield groups
     finally:
