@@ -80,7 +80,7 @@ class Training:
         return latest
 
     def _wait_start(self, count: int) -> None:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while len(self.starts()) == count:
             assert time.monotonic() < deadline, self.cluster.log(self.job) + self.cluster.controller_log()
             time.sleep(0.1)
@@ -116,7 +116,7 @@ class Training:
 
     def assert_nothing_left(self, job: str = "") -> None:
         """No process of the job (the present one, unless named) runs, or will in a moment."""
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while left := self.cluster.processes(job or self.job):
             assert time.monotonic() < deadline, [self.cluster.command(pid) for pid in left]
             time.sleep(0.1)

@@ -241,11 +241,11 @@ class SlurmCluster:
             self.ask("scancel", job)
         self.wait_end(job, 30.0)
 
-    def wait_end(self, job: str, timeout_s: float = 120.0) -> str:
+    def wait_end(self, job: str, timeout_s: float = 300.0) -> str:
         """Wait until it has ended for good; its state."""
         return self.wait_state(job, *ENDED, timeout_s=timeout_s)
 
-    def wait_state(self, job: str, *states: str, timeout_s: float = 120.0) -> str:
+    def wait_state(self, job: str, *states: str, timeout_s: float = 300.0) -> str:
         """Wait until it is in one of ``states``; which."""
         deadline = time.monotonic() + timeout_s
         while (state := self.job(job)["JobState"]) not in states:
@@ -253,7 +253,7 @@ class SlurmCluster:
             time.sleep(0.2)
         return state
 
-    def wait_log(self, job: str, text: str, timeout_s: float = 120.0, start: int = 0) -> None:
+    def wait_log(self, job: str, text: str, timeout_s: float = 300.0, start: int = 0) -> None:
         """Wait until ``text`` stands in the job's log, at character ``start`` or later."""
         deadline = time.monotonic() + timeout_s
         while text not in self.log(job)[start:]:
