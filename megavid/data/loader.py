@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from megavid.config.schema import RunConfig
-from megavid.data.build import build_source, build_text_encoder
 from megavid.data.conditioning import given_of, image_features
 from megavid.data.order import SampleOrder, held_out_samples
 from megavid.data.packing import PackPosition, PackStream, next_fit, tokens_of
@@ -293,27 +292,3 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def build_loader(
-    config: RunConfig,
-    *,
-    dp_rank: int,
-    dp_size: int,
-    start_step: int = 1,
-    state: Mapping[str, object] | None = None,
-    drops_caption: Callable[[int], bool] | None = None,
-    source: ClipSource | None = None,
-    text_encoder: TextEncoder | None = None,
-) -> Loader:
-    """The loader of a run; see ``Loader``. What is not given is built from ``config.data``.
-
-    Raises:
-        ConfigError: a clip is longer than a pack, or all clips are held out.
-        DataError: a shard is missing or truncated, the data set is not for this model, or not the one of ``state``.
-    """
-    source = source or build_source(config)
-    return Loader(
-        config, source, text_encoder or build_text_encoder(config), dp_rank=dp_rank, dp_size=dp_size,
-        start_step=start_step, state=state, drops_caption=drops_caption,
-    )  # fmt: skip

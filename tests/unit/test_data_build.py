@@ -7,13 +7,13 @@ import pytest
 
 from megavid.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from megavid.data.build import build_source, build_text_encoder, build_tokenizer
-from megavid.data.loader import build_loader
 from megavid.data.sample import Sample
 from megavid.data.shard_writer import ShardWriter, write_dataset
 from megavid.data.synthetic import SIZES, draw, scene_of, synthetic_captions
 from megavid.data.text import SentencePieceEncoder, spec_of, train_sentencepiece
 from megavid.data.tokenizer import DctTokenizer
 from megavid.errors import ConfigError, DataError
+from tests.support.loading import loader_of
 
 SMALL = ModelConfig(in_channels=16, out_channels=16, text_size=24, text_length=20)
 
@@ -47,7 +47,7 @@ def of_shards(folder: Path, **model: int) -> RunConfig:
 
 
 def test_synthetic_run_needs_nothing_on_disk() -> None:
-    with build_loader(synthetic(), dp_rank=1, dp_size=2) as loader:
+    with loader_of(synthetic(), dp_rank=1, dp_size=2) as loader:
         batches = next(loader)
         captions = loader.source.read(batches[0].clips[0].sample).caption
     assert len(batches) == 4
@@ -60,13 +60,13 @@ def test_synthetic_run_needs_nothing_on_disk() -> None:
 
 
 def test_tiny_packs_are_well_filled() -> None:
-    with build_loader(synthetic(), dp_rank=0, dp_size=1) as loader:
+    with loader_of(synthetic(), dp_rank=0, dp_size=1) as loader:
         batches = [batch for _ in range(6) for batch in next(loader)]
     assert sum(batch.num_tokens for batch in batches) > 0.9 * 384 * len(batches)
 
 
 def test_prepared_shards_train(folder: Path) -> None:
-    with build_loader(of_shards(folder), dp_rank=0, dp_size=1) as loader:
+    with loader_of(of_shards(folder), dp_rank=0, dp_size=1) as loader:
         for _ in range(3):
             assert all(batch.clips for batch in next(loader))
         assert loader.num_bad_samples == 0

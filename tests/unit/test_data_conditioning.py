@@ -21,7 +21,6 @@ from megavid.data.conditioning import (
     with_known,
 )
 from megavid.data.images import ClipVisionEncoder, ColourEncoder, image_encoder_by_name, image_encoder_of_spec
-from megavid.data.loader import build_loader
 from megavid.data.sample import BadSample, ConditionSpec, Sample
 from megavid.data.shard_format import read_dataset
 from megavid.data.shard_writer import ShardWriter, write_dataset
@@ -29,6 +28,7 @@ from megavid.data.shards import ShardSource
 from megavid.data.tokenizer import DctTokenizer, Frames, VideoTokenizer, WanVaeTokenizer
 from megavid.errors import ConfigError, DataError
 from tests.support.data_stubs import TEXT
+from tests.support.loading import loader_of
 
 I2V = ModelConfig(
     in_channels=36, out_channels=16, task="i2v", image_size=12, image_length=5, text_size=24, text_length=20
@@ -275,7 +275,7 @@ def run_of(model: ModelConfig, **data: object) -> RunConfig:
 
 
 def batches_of(config: RunConfig) -> list[Any]:
-    with build_loader(config, dp_rank=0, dp_size=1) as loader:
+    with loader_of(config, dp_rank=0, dp_size=1) as loader:
         return next(loader)
 
 
