@@ -19,6 +19,7 @@ from torch import Tensor
 import megavid.parallel.mcore  # noqa: F401
 
 # isort: split
+import megatron.core.distributed.param_and_grad_buffer as mcore_buffer
 import megatron.core.tensor_parallel.mappings as mcore_mappings
 import megatron.core.tensor_parallel.random as mcore_random
 import megatron.core.transformer.moe.token_dispatcher as mcore_dispatcher
@@ -42,6 +43,7 @@ def install() -> None:
     _replace_random_state()
     _repair_dispatcher()
     _repair_uneven_collectives()
+    _skip_collectives_of_one()
     _replace_tensor_functions()
 
 
@@ -194,6 +196,27 @@ def _repair_uneven_collectives() -> None:
 
     mcore_mappings._gather_along_first_dim = gather_along_first_dim
     mcore_mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim
+
+
+def _skip_collectives_of_one() -> None:
+    """Leave out the gradients' and weights' collectives where one rank is the whole group: the shard is the buffer.
+
+    NCCL finds that out; gloo takes a gigabyte of gradients through buffers of its own, in one thread.
+    """
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def call(output: Tensor, given: Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+            if group.size() > 1:
+                return collective(output, given, *args, group=group, **kwargs)
+            if output.data_ptr() != given.data_ptr():
+                output.copy_(given)
+            return None  # the handle of a collective inside _coalescing_manager, where these two are called
+
+        return call
+
+    mcore_buffer.dist_reduce_scatter_func = unless_alone(mcore_buffer.dist_reduce_scatter_func)
+    mcore_buffer.dist_all_gather_func = unless_alone(mcore_buffer.dist_all_gather_func)
 
 
 def gather_uneven(tensor: Tensor, group: dist.ProcessGroup, sizes: list[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Every patch that lets megatron-core run on CPU ranks does what it is there for."""
 
+import megatron.core.distributed.param_and_grad_buffer as mcore_buffer
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from megavid.parallel import cpu, mcore
 from megavid.plan.layout import Layout
+from megavid.profiling.collectives import CollectiveRecorder
 from tests.support.ranks import RankPool
 from tests.support.tolerance import LAYER_FP64
 
@@ -89,6 +91,30 @@ def install_twice_is_install_once() -> None:
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
 
 
+def collectives_of_one_rank_are_left_out() -> None:
+    """As megatron-core's bucket calls them: a shard that is the buffer stays as it is, another one is filled."""
+    buffer = torch.arange(6.0)
+    group = dist.group.WORLD
+    for collective in (mcore_buffer.dist_reduce_scatter_func, mcore_buffer.dist_all_gather_func):
+        with CollectiveRecorder() as recorder:
+            with dist._coalescing_manager(group, async_ops=True) as handle:
+                assert collective(buffer.view(-1), buffer, group=group, async_op=True) is None
+            handle.wait()
+            other = torch.empty(6)
+            collective(other, buffer, group=group)
+        assert recorder.calls == []
+        assert torch.equal(other, buffer)
+        assert torch.equal(buffer, torch.arange(6.0))
+
+
+def collectives_of_two_ranks_are_not() -> None:
+    mine, both = torch.full((2,), dist.get_rank() + 1.0), torch.empty(4)
+    mcore_buffer.dist_all_gather_func(both, mine, group=dist.group.WORLD)
+    assert both.tolist() == [1, 1, 2, 2]
+    mcore_buffer.dist_reduce_scatter_func(mine, both, group=dist.group.WORLD)
+    assert mine.tolist() == [2.0 * (dist.get_rank() + 1)] * 2
+
+
 @pytest.mark.mcore
 @pytest.mark.parametrize(
     "case",
@@ -99,10 +125,16 @@ def install_twice_is_install_once() -> None:
         random_streams_are_apart_and_restored,
         compiled_functions_run_eagerly,
         install_twice_is_install_once,
+        collectives_of_one_rank_are_left_out,
     ],
 )
 def test_cpu_stands_in_for_cuda(pool: RankPool, case: object) -> None:
     pool.run(1, case)  # type: ignore[arg-type]
+
+
+@pytest.mark.mcore
+def test_collectives_of_two_ranks_are_called(pool: RankPool) -> None:
+    pool.run(2, collectives_of_two_ranks_are_not)
 
 
 def gather_of_uneven_sizes(sizes: list[int]) -> float:
