@@ -42,8 +42,8 @@ struct Sigmoid {
   float rest;
 };
 
-inline Sigmoid sigmoid(float x) {
-  const float e = exponential(-x);
+inline Sigmoid sigmoid(float x, Range range) {
+  const float e = exponential(-x, range);
   const float value = 1.0f / (1.0f + e);
   return {value, e * value};
 }
@@ -51,6 +51,7 @@ inline Sigmoid sigmoid(float x) {
 template <typename T, bool kGated>
 void forward(const ExpertActivation& job, int64_t begin, int64_t end) {
   const int64_t width = job.width;
+  const Range range = exponential_range();
   BiasRow<T> up_bias(job.up_bias, width), gate_bias(job.gate_bias, kGated ? width : 0);
   for (int64_t row = begin; row < end; ++row) {
     const T* up = static_cast<const T*>(job.up) + row * width;
@@ -63,9 +64,9 @@ void forward(const ExpertActivation& job, int64_t begin, int64_t end) {
       const float u = load(up[i]) + of_up[i];
       if (kGated) {
         const float g = load(gate[i]) + of_gate[i];
-        store(y + i, g * sigmoid(g).value * u * probability);
+        store(y + i, g * sigmoid(g, range).value * u * probability);
       } else {
-        store(y + i, u * sigmoid(kTwoRoot * (u + kCubic * u * u * u)).value * probability);
+        store(y + i, u * sigmoid(kTwoRoot * (u + kCubic * u * u * u), range).value * probability);
       }
     }
   }
@@ -74,6 +75,7 @@ void forward(const ExpertActivation& job, int64_t begin, int64_t end) {
 template <typename T, bool kGated>
 void backward(const ExpertActivation& job, int64_t begin, int64_t end) {
   const int64_t width = job.width;
+  const Range range = exponential_range();
   BiasRow<T> up_bias(job.up_bias, width), gate_bias(job.gate_bias, kGated ? width : 0);
   Scratch unused(2 * width);  // sums of a bias that is not there
   for (int64_t run = begin; run < end; ++run) {
@@ -95,7 +97,7 @@ void backward(const ExpertActivation& job, int64_t begin, int64_t end) {
         const float grad = load(grad_y[i]);
         if (kGated) {
           const float g = load(gate[i]) + of_gate[i];
-          const Sigmoid s = sigmoid(g);
+          const Sigmoid s = sigmoid(g, range);
           const float slope = s.value * (1.0f + g * s.rest);
           const float to_up = grad * probability * g * s.value;
           const float to_gate = grad * probability * u * slope;
@@ -105,7 +107,7 @@ void backward(const ExpertActivation& job, int64_t begin, int64_t end) {
           store(grad_up + i, to_up);
           store(grad_gate + i, to_gate);
         } else {
-          const Sigmoid s = sigmoid(kTwoRoot * (u + kCubic * u * u * u));
+          const Sigmoid s = sigmoid(kTwoRoot * (u + kCubic * u * u * u), range);
           const float slope = s.value + u * s.value * s.rest * kTwoRoot * (1.0f + 3 * kCubic * u * u);
           const float to_up = grad * probability * slope;
           product += grad * u * s.value;
