@@ -196,7 +196,7 @@ def _compiled_ops() -> Finding:
     found = ", ".join(f"{device} ({instruction_set()})" if device == "cpu" else device for device in devices)
     if torch.cuda.is_available() and "cuda" not in devices:
         return Finding(name, "warn", f"built for {found}, not for cuda: no nvcc at build time?", plain + " on GPUs")
-    return Finding(name, "on", f"built for {found}", 'train.ops = "compiled" or "auto" takes them; off by default')
+    return Finding(name, "on", f"built for {found}", 'train.ops = "auto", the default, and "compiled" take them')
 
 
 def _fp8() -> Finding:

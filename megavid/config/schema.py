@@ -103,9 +103,9 @@ class TrainConfig:
     """Checkpoint whose weights (its EMA, if any) start this run; optimizer, data and step start anew."""
     backend: Literal["megatron", "deepspeed"] = "megatron"
     """Engine: megatron-core, with every parallel axis, or DeepSpeed's ZeRO, data parallel only (table deepspeed)."""
-    ops: Literal["reference", "compiled", "auto"] = "reference"
+    ops: Literal["reference", "compiled", "auto"] = "auto"
     """What is between matrix products and attention in plain torch, or in the compiled ops of csrc/, one pass over
-    memory each; auto: compiled where they are built.
+    memory each; auto: compiled where they are built and compute what plain torch does, which is tried at the start.
     """
     deterministic: bool = False
     """On CUDA: deterministic kernels, so that a resumed run is bitwise the same; CPU runs always are."""

@@ -24,7 +24,7 @@ from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo, noise_bucket
 from megavid.models.transformer import transformer_config
 from megavid.ops.block_attention_library import block_attention
-from megavid.ops.block_ops import block_ops
+from megavid.ops.choose import block_ops
 from megavid.ops.packs import clip_index, positions
 from megavid.ops.regions import in_region, region
 from megavid.ops.rope import place_code, rope_angles

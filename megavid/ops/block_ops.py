@@ -1,18 +1,16 @@
-"""The memory-bound glue of a block, in plain torch or as compiled ops: the one place that chooses.
+"""The memory-bound glue of a block, in plain torch and as compiled ops.
 
-Owns the record of functions that layers are given. The plain ones are ``megavid.ops.norm`` and ``megavid.ops.rope``;
-the compiled ones are one op each, in one pass over memory. Both compute the same numbers but for rounding.
+Owns the record of functions that layers are given; ``megavid.ops.choose`` chooses one. The plain ones are
+``megavid.ops.norm`` and ``megavid.ops.rope``; the compiled ones are one op each, in one pass over memory. Both compute
+the same numbers but for rounding.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megavid.errors import ConfigError
-from megavid.ops.compiled import why_not_compiled_for
 from megavid.ops.gated_residual import gated_residual_op
 from megavid.ops.gated_residual_norm import gated_residual_norm_op
 from megavid.ops.modulated_norm import modulated_norm_op
@@ -22,8 +20,6 @@ from megavid.ops.norm_rope import norm_rope_op
 from megavid.ops.regions import in_region
 from megavid.ops.rope import rotate
 from megavid.ops.sum_of_squares import sum_of_squares_op
-
-Choice = Literal["auto", "reference", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -52,25 +48,6 @@ class BlockOps:
     sum_of_squares: Callable[[Tensor], Tensor]
     norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
     moe: MoEOps
-
-
-def block_ops(choice: Choice, device: torch.device, dtype: torch.dtype) -> BlockOps:
-    """The ops for a model of this dtype on this device.
-
-    Args:
-        choice: "auto" takes the compiled ones where there are any.
-        device: where the model is; of meta tensors, that of the run they stand for.
-        dtype: of its activations.
-
-    Raises:
-        ConfigError: "compiled", and there are none.
-    """
-    if choice == "reference":
-        return REFERENCE
-    reason = why_not_compiled_for(device, dtype)
-    if reason and choice == "compiled":
-        raise ConfigError(f"train.ops = 'compiled' cannot run here: {reason}; set 'auto' or 'reference'")
-    return REFERENCE if reason else COMPILED
 
 
 # The references

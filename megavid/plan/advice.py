@@ -239,7 +239,7 @@ def _of_imbalance(case: _Case) -> str:
 
 
 def _of_glue(case: _Case) -> str:
-    if case.config.train.ops != "reference":
+    if case.config.train.ops == "compiled":
         return ""
     return "train.ops = 'compiled' makes one pass over memory of each norm, modulation and activation"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megavid.errors import ConfigError
-from megavid.ops.block_ops import block_ops
+from megavid.ops.choose import block_ops
 
 
 @pytest.fixture(scope="session")

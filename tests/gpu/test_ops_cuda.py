@@ -83,7 +83,7 @@ def test_strided_inputs_are_read_as_they_are() -> None:
 )
 def test_numbers_out_of_range_stop_the_program(call: str) -> None:
     given = "x, table = torch.zeros(4, 8).cuda(), torch.zeros(2, 8).cuda(); row = torch.full((4,), 2).cuda()"
-    load = "import torch\nfrom megavid.ops.block_ops import block_ops\n"
+    load = "import torch\nfrom megavid.ops.choose import block_ops\n"
     load += "block_ops('compiled', torch.device('cuda'), torch.float32)\n"
     code = f"{load}{given}\ntorch.ops.megavid.{call}\ntorch.cuda.synchronize()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

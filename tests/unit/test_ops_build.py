@@ -14,7 +14,7 @@ import torch
 from megavid.cli import doctor
 from megavid.errors import ConfigError
 from megavid.ops import compiled, sources
-from megavid.ops.block_ops import block_ops
+from megavid.ops.choose import block_ops
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,7 @@ def test_doctor_names_devices_and_instruction_set() -> None:
     assert compiled.instruction_set() in ("baseline", "avx2", "avx512")
     assert row().state == "on"
     assert row().found.startswith(f"built for cpu ({compiled.instruction_set()})")
-    assert 'train.ops = "compiled"' in row().effect
+    assert 'train.ops = "auto", the default' in row().effect
 
 
 @needs_compiled

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megavid.errors import ConfigError
 from megavid.ops import gated_residual, gated_residual_norm, modulated_norm, norm_rope, sum_of_squares
-from megavid.ops.block_ops import COMPILED, REFERENCE, block_ops
+from megavid.ops.block_ops import COMPILED, REFERENCE
+from megavid.ops.choose import block_ops
 from megavid.ops.compiled import why_not_compiled
 
 CPU = torch.device("cpu")
