@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from bench_peer import Shape, alone, ours, run_config
 
 from megavid.ops.compiled import compiled_devices, why_not_compiled_for
+from megavid.ops.fp8 import E4M3
 from megavid.plan.flops import model_flops
 from megavid.plan.memory import memory_of
 from megavid.plan.workload import Workload
@@ -67,16 +69,23 @@ def find_kernels() -> int:
 
 
 def measure_ceiling(device: str) -> dict[str, Any]:
-    """The most that matrix products in bf16 and copies reach here."""
+    """The most that matrix products in bf16, in FP8 and copies reach here."""
     size = 8192 if device == "cuda" else 128
     left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     product_s = statistics.median(seconds_of(lambda: left @ right, device, 20))
+    fp8_s = None
+    if device == "cpu" or torch.cuda.get_device_capability() >= (8, 9):
+        left8, right8, one = left.to(E4M3), right.to(E4M3).t(), torch.ones((), device=device)
+        fp8_s = statistics.median(
+            seconds_of(lambda: torch._scaled_mm(left8, right8, one, one, out_dtype=torch.bfloat16), device, 20)
+        )
     source = torch.empty(2**28 if device == "cuda" else 2**22, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copy_s = statistics.median(seconds_of(lambda: target.copy_(source), device, 20))
     return {
         "device": device_name(device),
         "matrix_tflops": 2 * size**3 / product_s / 1e12,
+        "fp8_tflops": fp8_s and 2 * size**3 / fp8_s / 1e12,
         "copy_gbs": 2 * source.nbytes / copy_s / 1e9,
     }
 
@@ -85,6 +94,11 @@ def measure_step(arguments: argparse.Namespace) -> dict[str, Any]:
     """TFLOP/s, share of the ceiling, and memory against the plan, of training steps on one clip."""
     device, shape = arguments.device, Shape(tuple(arguments.grid), arguments.layers)
     config = run_config(arguments.preset, shape, "bf16", arguments.ops)
+    config = replace(
+        config,
+        parallel=replace(config.parallel, attention_backend=arguments.attention),
+        precision=replace(config.precision, fp8=arguments.fp8),
+    )
     with alone(config, device) as mesh:
         torch.manual_seed(0)
         step = ours(config, mesh, shape)
@@ -97,6 +111,7 @@ def measure_step(arguments: argparse.Namespace) -> dict[str, Any]:
     tflops = flops / statistics.median(seconds) / 1e12
     return {
         "step": f"{arguments.preset}, {arguments.layers} layers, {shape.tokens:,} tokens",
+        "precision": config.precision.describe(),
         "routing": arguments.routing,
         "attention": config.parallel.attention_backend,
         "ops": arguments.ops,
@@ -111,10 +126,11 @@ def measure_step(arguments: argparse.Namespace) -> dict[str, Any]:
 def page_of(folder: Path) -> list[str]:
     """Markdown of everything that a run of gpu_check.sh left in its folder."""
     ceiling = json.loads((folder / "ceiling.json").read_text())
+    fp8 = f"{ceiling['fp8_tflops']:.3g}" if ceiling["fp8_tflops"] else "nothing (compute capability below 8.9)"
     lines = ["# Everything that needs a GPU, in one run", "", "Command: `tools/gpu_check.sh`", ""]
     lines += [
         f"{ceiling['device']}. Ceilings of the same run: {ceiling['matrix_tflops']:.3g} TFLOP/s for matrix products in "
-        f"bf16, {ceiling['copy_gbs']:.0f} GB/s for copies.",
+        f"bf16, {fp8} in FP8 with one scale for a matrix, {ceiling['copy_gbs']:.0f} GB/s for copies.",
         "",
         "| step | status | seconds |",
         "| --- | --- | ---: |",
@@ -124,14 +140,16 @@ def page_of(folder: Path) -> list[str]:
         lines.append(f"| {name} | {status} | {seconds} |")
     lines += [
         "",
-        "| training step in bf16 | routing | attention | `train.ops` | step, s (least) | TFLOP/s | of the ceiling "
+        "Shares are of the ceiling in bf16, for steps in FP8 too; what is planned does not count FP8.",
+        "",
+        "| training step | precision | routing | attention | `train.ops` | step, s (least) | TFLOP/s | of the ceiling "
         "| reserved, GiB | planned, GiB |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for file in sorted(folder.glob("step_*.json")):
         found = json.loads(file.read_text())
         reserved = "-" if found["reserved_gib"] is None else f"{found['reserved_gib']:.1f}"
-        cells = [found["step"], found["routing"], found["attention"], found["ops"]]
+        cells = [found[key] for key in ("step", "precision", "routing", "attention", "ops")]
         cells += [f"{statistics.median(found['seconds']):.3f} ({min(found['seconds']):.3f})", f"{found['tflops']:.3g}"]
         cells += [f"{found['mfu']:.1%}", reserved, f"{found['planned_gib']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -162,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     step.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="tokens: frames, rows, columns")
     step.add_argument("--steps", type=int, default=5, help="timed (default %(default)s)")
     step.add_argument("--ops", default="compiled", help="train.ops (default %(default)s)")
+    step.add_argument("--fp8", default="off", help="precision.fp8 (default %(default)s)")
+    step.add_argument("--attention", default="aten", help="parallel.attention_backend (default %(default)s)")
     step.add_argument("--routing", choices=("real", "forced"), default="real", help="of experts (default %(default)s)")
     step.add_argument("--ceiling", type=Path, required=True, help="what `ceiling` wrote")
     page = parts.add_parser("page", help="put the figures together")

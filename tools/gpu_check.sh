@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything of this repository that needs a GPU, in one run: builds csrc, runs tests/gpu, times the ops and training
-# steps, and writes JSON and a table. Not run on a GPU yet.
+# Everything of this repository that needs a GPU, in one run: builds csrc, runs tests/gpu (law 1 with four ranks that
+# share the GPU is a step of its own), times the ops and training steps in bf16 and FP8, and writes JSON and a table.
+# Not run on a GPU yet.
 #
 #   tools/gpu_check.sh               on a machine with a GPU; the page goes to docs/benchmarks/gpu_check.md
 #   tools/gpu_check.sh --dry-run     the same steps on CPU at sizes that say nothing, to see that they run; status 2
@@ -8,8 +9,7 @@
 # OUT=FOLDER: where logs and figures go (default runs/gpu_check). PYTHON=...: the interpreter (default python).
 # Status 0: every step passed; 1: one did not (its log is in OUT), or python has no torch; 2: there is no CUDA device.
 #
-# Not in here, because the repository has no such thing yet: parity of layers of Transformer Engine, FP8 on a GPU,
-# law 1 with four ranks on one GPU.
+# Not in here, because the repository has no such thing yet: parity of layers of Transformer Engine.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-runs/gpu_check} device=cuda
@@ -53,16 +53,25 @@ else
   dense=(tiny --layers 4 --grid 1 4 4 --steps 1) moe=("${dense[@]}")
   peer=() # takes minutes on a CPU, and has a page of its own: tools/bench_peer.py
 fi
-step tests "$python" -m pytest -q tests/gpu
+shared=tests/gpu/test_shared_gpu.py
+step tests "$python" -m pytest -q tests/gpu --ignore $shared
+step law1 "$python" -m pytest -q -s $shared
 step ceiling "$python" tools/gpu_check.py ceiling --device $device --json "$out/ceiling.json"
 step ops "$python" tools/bench_ops.py --device $device --ceiling "$out/ceiling.json" "${ops[@]}" --steps 0
+train() { # NAME OPTIONS...: time training steps
+  local name=$1
+  shift
+  step "$name" "$python" tools/gpu_check.py step "$@" --device $device --ceiling "$out/ceiling.json" \
+    --json "$out/step_$name.json"
+}
 for choice in reference compiled; do
-  step "dense_$choice" "$python" tools/gpu_check.py step "${dense[@]}" --device $device --ops $choice \
-    --ceiling "$out/ceiling.json" --json "$out/step_dense_$choice.json"
+  train "dense_$choice" "${dense[@]}" --ops $choice
 done
+[ $device = cpu ] || train dense_cudnn "${dense[@]}" --attention cudnn
+train dense_tensorwise "${dense[@]}" --fp8 tensorwise
 for routing in real forced; do
-  step "moe_$routing" "$python" tools/gpu_check.py step "${moe[@]}" --device $device --routing $routing \
-    --ceiling "$out/ceiling.json" --json "$out/step_moe_$routing.json"
+  train "moe_$routing" "${moe[@]}" --routing $routing
+  train "moe_${routing}_tensorwise" "${moe[@]}" --routing $routing --fp8 tensorwise
 done
 [ ${#peer[@]} -eq 0 ] || step peer "$python" tools/bench_peer.py --device $device --no-profile "${peer[@]}"
 step page "$python" tools/gpu_check.py page "$out" --out "$out/gpu_check.md"
