@@ -2,6 +2,7 @@
 
 python tools/gpu_check.py device
 python tools/gpu_check.py kernels
+python tools/gpu_check.py te
 python tools/gpu_check.py ceiling --device cuda --json ceiling.json
 python tools/gpu_check.py step wan_1b --device cuda --ceiling ceiling.json --json step.json
 python tools/gpu_check.py page FOLDER --out docs/benchmarks/gpu_check.md
@@ -21,8 +22,12 @@ from typing import Any
 import torch
 from bench_peer import Shape, alone, ours, run_config
 
+from megavid.config.schema import PrecisionConfig
+from megavid.errors import ConfigError
+from megavid.models.te import check_usable
 from megavid.ops.compiled import compiled_devices, why_not_compiled_for
 from megavid.ops.fp8 import E4M3
+from megavid.parallel import mcore
 from megavid.plan.flops import model_flops
 from megavid.plan.memory import memory_of
 from megavid.plan.workload import Workload
@@ -68,6 +73,17 @@ def find_kernels() -> int:
     return 0
 
 
+def find_te() -> int:
+    """Say whether Transformer Engine's linears can be used here; status 2 where not."""
+    try:
+        check_usable(PrecisionConfig(linears="transformer_engine"), "cuda")
+    except ConfigError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
+    print(f"Transformer Engine {mcore.get_te_version()}")
+    return 0
+
+
 def measure_ceiling(device: str) -> dict[str, Any]:
     """The most that matrix products in bf16, in FP8 and copies reach here."""
     size = 8192 if device == "cuda" else 128
@@ -97,7 +113,7 @@ def measure_step(arguments: argparse.Namespace) -> dict[str, Any]:
     config = replace(
         config,
         parallel=replace(config.parallel, attention_backend=arguments.attention),
-        precision=replace(config.precision, fp8=arguments.fp8),
+        precision=replace(config.precision, fp8=arguments.fp8, linears=arguments.linears),
     )
     with alone(config, device) as mesh:
         torch.manual_seed(0)
@@ -173,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = parser.add_subparsers(dest="part", required=True)
     parts.add_parser("device", help="name the GPU; status 2 without one")
     parts.add_parser("kernels", help="status 1 where the ops are not compiled for a GPU")
+    parts.add_parser("te", help="status 2 where linears of Transformer Engine cannot be used")
     ceiling = parts.add_parser("ceiling", help="matrix products and copies")
     step = parts.add_parser("step", help="training steps of one clip")
     step.add_argument("preset", help="whose widths")
@@ -181,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step.add_argument("--steps", type=int, default=5, help="timed (default %(default)s)")
     step.add_argument("--ops", default="compiled", help="train.ops (default %(default)s)")
     step.add_argument("--fp8", default="off", help="precision.fp8 (default %(default)s)")
+    step.add_argument("--linears", default="native", help="precision.linears (default %(default)s)")
     step.add_argument("--attention", default="aten", help="parallel.attention_backend (default %(default)s)")
     step.add_argument("--routing", choices=("real", "forced"), default="real", help="of experts (default %(default)s)")
     step.add_argument("--ceiling", type=Path, required=True, help="what `ceiling` wrote")
@@ -196,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return find_device()
         case "kernels":
             return find_kernels()
+        case "te":
+            return find_te()
         case "page":
             arguments.out.write_text("\n".join(page_of(arguments.folder)) + "\n")
         case part:

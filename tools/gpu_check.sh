@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # Everything of this repository that needs a GPU, in one run: builds csrc, runs tests/gpu (law 1 with four ranks that
-# share the GPU is a step of its own), times the ops and training steps in bf16 and FP8, and writes JSON and a table.
-# Not run on a GPU yet.
+# share the GPU, and parity of Transformer Engine's linears, are steps of their own), times the ops and training steps
+# in bf16 and FP8, and writes JSON and a table. Not run on a GPU yet.
 #
 #   tools/gpu_check.sh               on a machine with a GPU; the page goes to docs/benchmarks/gpu_check.md
 #   tools/gpu_check.sh --dry-run     the same steps on CPU at sizes that say nothing, to see that they run; status 2
 #
 # OUT=FOLDER: where logs and figures go (default runs/gpu_check). PYTHON=...: the interpreter (default python).
 # Status 0: every step passed; 1: one did not (its log is in OUT), or python has no torch; 2: there is no CUDA device.
-#
-# Not in here, because the repository has no such thing yet: parity of layers of Transformer Engine.
+# Where Transformer Engine cannot be used its steps are left out, and the table says so.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-runs/gpu_check} device=cuda
@@ -53,9 +52,19 @@ else
   dense=(tiny --layers 4 --grid 1 4 4 --steps 1) moe=("${dense[@]}")
   peer=() # takes minutes on a CPU, and has a page of its own: tools/bench_peer.py
 fi
-shared=tests/gpu/test_shared_gpu.py
-step tests "$python" -m pytest -q tests/gpu --ignore $shared
+shared=tests/gpu/test_shared_gpu.py te=tests/gpu/test_te_cuda.py
+step tests "$python" -m pytest -q tests/gpu --ignore $shared --ignore $te
 step law1 "$python" -m pytest -q -s $shared
+has_te=1
+if [ $device = cpu ]; then
+  has_te=0
+  step te_parity "$python" -m pytest -q tests/distributed/test_te_linears.py # with a stand-in for the package
+elif "$python" tools/gpu_check.py te; then
+  step te_parity "$python" -m pytest -q -s -rs $te
+else
+  has_te=0
+  printf 'te_parity\tleft out: Transformer Engine cannot be used\t0\n' >>"$out/steps.tsv"
+fi
 step ceiling "$python" tools/gpu_check.py ceiling --device $device --json "$out/ceiling.json"
 step ops "$python" tools/bench_ops.py --device $device --ceiling "$out/ceiling.json" "${ops[@]}" --steps 0
 train() { # NAME OPTIONS...: time training steps
@@ -69,6 +78,10 @@ for choice in reference compiled; do
 done
 [ $device = cpu ] || train dense_cudnn "${dense[@]}" --attention cudnn
 train dense_tensorwise "${dense[@]}" --fp8 tensorwise
+if [ $has_te = 1 ]; then
+  train dense_te "${dense[@]}" --linears transformer_engine
+  train dense_te_tensorwise "${dense[@]}" --linears transformer_engine --fp8 tensorwise
+fi
 for routing in real forced; do
   train "moe_$routing" "${moe[@]}" --routing $routing
   train "moe_${routing}_tensorwise" "${moe[@]}" --routing $routing --fp8 tensorwise

@@ -147,10 +147,14 @@ def _communication() -> Finding:
 def _transformer_engine() -> Finding:
     name, version = "Transformer Engine", version_of("transformer-engine")
     if not version:
-        return Finding(name, "off", "not installed", "megavid's own layers, in FP8 too; no fused attention of TE")
+        effect = 'megavid\'s own layers, in FP8 too; precision.linears = "transformer_engine" is refused'
+        return Finding(name, "off", "not installed", effect)
     trouble = why_not("transformer_engine.pytorch")
     if not trouble:
-        return Finding(name, "on", version, "imports, and changes nothing: layers are megavid's own, AdamW is torch's")
+        effect = (
+            'precision.linears = "transformer_engine" takes its linears on GPUs, tried on none yet; AdamW is torch\'s'
+        )
+        return Finding(name, "on", version, effect)
     effect = "left out, which changes nothing; pip uninstall transformer-engine where there is no CUDA"
     return Finding(name, "warn", f"{version}: {trouble}", effect)
 

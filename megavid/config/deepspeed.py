@@ -65,3 +65,7 @@ def check_backend(config: "RunConfig") -> None:
         config.precision.fp8 == "off",
         f"precision.fp8 = '{config.precision.fp8}' needs train.backend = 'megatron'; set 'off'",
     )
+    require(
+        config.precision.linears == "native",
+        f"precision.linears = '{config.precision.linears}' needs train.backend = 'megatron'; set 'native'",
+    )

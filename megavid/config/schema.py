@@ -156,6 +156,8 @@ class PrecisionConfig:
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Weights and activations; master weights, gradients, router and Wan's fp32 list stay fp32."""
+    linears: Literal["native", "transformer_engine"] = "native"
+    """Whose linears blocks are built from, experts aside; Transformer Engine's need a GPU, and have not run on one."""
     fp8: Literal["off", "tensorwise", "delayed", "blockwise", "mxfp8"] = "off"
     """Products of the inner blocks' matrices in FP8, with scales from the tensor at hand, from earlier steps, by 128 x
     128 or by 32 numbers; attention itself, norms, modulation, router, embedders and head stay out."""
@@ -174,7 +176,8 @@ class PrecisionConfig:
 
     def describe(self) -> str:
         """The number formats, in words."""
-        return self.dtype + ("" if self.fp8 == "off" else f", FP8 {self.fp8}")
+        fp8 = "" if self.fp8 == "off" else f", FP8 {self.fp8}"
+        return self.dtype + fp8 + (", linears of Transformer Engine" if self.linears == "transformer_engine" else "")
 
     def is_fp8_layer(self, layer: int, num_layers: int) -> bool:
         """Whether block ``layer`` (from 0) of the model has its matrices in FP8."""

@@ -15,6 +15,7 @@ from megavid.config.lora import NO_ADAPTERS, LoraConfig
 from megavid.config.schema import ModelConfig, PrecisionConfig
 from megavid.models.fp8 import Fp8Build, column_class, row_class
 from megavid.models.lora import Adapted, ColumnAdapter, RowAdapter
+from megavid.models.te import InFp8, te_column, te_row
 from megavid.ops.block_ops import REFERENCE, BlockOps
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.placement import Init, Piece, Placement, place
@@ -50,6 +51,11 @@ class Build:
         """The record for the layers of block ``layer`` (from 0)."""
         is_fp8 = self.precision.is_fp8_layer(layer, self.model.num_layers)
         return replace(self, fp8=Fp8Build.of(self.precision, self.device) if is_fp8 else None)
+
+    @property
+    def is_te(self) -> bool:
+        """Whether linears of blocks are Transformer Engine's."""
+        return self.precision.linears == "transformer_engine"
 
     @property
     def tp(self) -> int:
@@ -129,8 +135,8 @@ def column_linear(
         has_bias: give the matrices biases.
 
     Returns:
-        megatron-core's ColumnParallelLinear, or its twin in FP8, with adapters where the run has some; its output is
-        the matrices' local outputs side by side.
+        megatron-core's ColumnParallelLinear, or its twin in FP8 or of Transformer Engine, with adapters where the run
+        has some; its output is the matrices' local outputs side by side.
     """
     transformer = build.transformer
     if of_text and transformer.sequence_parallel:
@@ -138,7 +144,8 @@ def column_linear(
     # Captions stay out of FP8: they are few rows, and each context-parallel rank has a part of their gradient, so that
     # rounding would depend on the layout.
     fp8 = None if of_text else build.fp8
-    linear = column_class(fp8, names[0], build.mesh.group("tp_cp"))(
+    build_linear = te_column(fp8) if build.is_te else column_class(fp8, names[0], build.mesh.group("tp_cp"))
+    linear = build_linear(
         input_size,
         output_size * len(names),
         config=transformer,
@@ -164,6 +171,8 @@ def column_linear(
     place(linear.weight, Placement(tuple(weights), frozenset({"tp"}), init=Init(std=input_size**-0.5)))
     if has_bias:
         place(linear.bias, Placement(tuple(biases), frozenset({"tp"}), has_decay=False))
+    if build.is_te and fp8 is not None:
+        return InFp8(linear)
     if build.lora.adapts(names[0]):
         return Adapted(linear, ColumnAdapter(build, names, input_size, output_size, of_text=of_text))
     return linear
@@ -173,10 +182,11 @@ def row_linear(build: Build, name: str, input_size: int, output_size: int, *, ha
     """A matrix whose input is split over tensor-parallel ranks; the sum goes to all of them, or to each its tokens.
 
     Returns:
-        megatron-core's RowParallelLinear, or its twin in FP8, [output_size, input_size] in model space, with its bias
-        if it has one, and with an adapter where the run has some.
+        megatron-core's RowParallelLinear, or its twin in FP8 or of Transformer Engine, [output_size, input_size] in
+        model space, with its bias if it has one, and with an adapter where the run has some.
     """
-    linear = row_class(build.fp8, name, build.mesh.group("tp_cp"))(
+    build_linear = te_row(build.fp8) if build.is_te else row_class(build.fp8, name, build.mesh.group("tp_cp"))
+    linear = build_linear(
         input_size,
         output_size,
         config=build.transformer,
@@ -191,6 +201,8 @@ def row_linear(build: Build, name: str, input_size: int, output_size: int, *, ha
     place(linear.weight, Placement((piece,), frozenset({"tp"}), init=Init(std=input_size**-0.5)))
     if has_bias:
         build.place_whole(linear.bias, f"{name}.bias", init=Init(), is_partial=True, has_decay=False)
+    if build.is_te and build.fp8 is not None:
+        return InFp8(linear)
     if build.lora.adapts(name):
         return Adapted(linear, RowAdapter(build, name, input_size, output_size))
     return linear

@@ -22,6 +22,7 @@ from megavid.models.inputs import ModelInput
 from megavid.models.lora import freeze_base
 from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo, noise_bucket
+from megavid.models.te import check_usable
 from megavid.models.transformer import transformer_config
 from megavid.ops.block_attention_library import block_attention
 from megavid.ops.choose import block_ops
@@ -207,9 +208,10 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
 
     Raises:
         ConfigError: the attention kernel cannot take this device, dtype or head width, or compiled ops are asked for
-            that are not there.
+            that are not there, or Transformer Engine's linears where they cannot be had.
     """
     layout, backend = mesh.layout, config.parallel.attention_backend
+    check_usable(config.precision, mesh.device.type)
     transformer = transformer_config(config, layout, mesh.device)
     # Asked here, before memory is used.
     block_attention(backend, mesh.device, transformer.params_dtype, config.model.head_size)

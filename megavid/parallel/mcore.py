@@ -62,6 +62,7 @@ with warnings.catch_warnings(), _nothing_compiled():
         DistributedDataParallelConfig,
     )
     from megatron.core.enums import ModelType
+    from megatron.core.fp8_utils import get_fp8_context
     from megatron.core.optimizer import (
         ChainedOptimizer,
         MegatronOptimizer,
@@ -96,6 +97,12 @@ with warnings.catch_warnings(), _nothing_compiled():
         MoEFlexTokenDispatcher,
         MoETokenDispatcher,
     )
+    from megatron.core.utils import get_te_version, is_te_min_version
+
+    if HAS_TE:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+    else:  # what megatron-core has under these names then is a mock
+        TEColumnParallelLinear = TERowParallelLinear = None
 
 __all__ = [
     "COLLECTIVE_S",
@@ -119,6 +126,8 @@ __all__ = [
     "ParamPredicate",
     "ProcessGroupCollection",
     "RowParallelLinear",
+    "TEColumnParallelLinear",
+    "TERowParallelLinear",
     "TransformerConfig",
     "build_moe_layer",
     "close_groups",
@@ -127,7 +136,10 @@ __all__ = [
     "gather_from_tensor_model_parallel_region",
     "get_cuda_rng_tracker",
     "get_forward_backward_func",
+    "get_fp8_context",
     "get_megatron_optimizer",
+    "get_te_version",
+    "is_te_min_version",
     "model_parallel_cuda_manual_seed",
     "open_groups",
     "reduce_from_tensor_model_parallel_region",

@@ -1,8 +1,8 @@
 """Whether Transformer Engine can be used here, decided once, before megatron-core is first imported.
 
-Owns the probe only. Import this module before anything of ``megatron.core``: on a machine without a GPU an installed
-Transformer Engine raises RuntimeError or OSError at import, megatron-core (0.16.1 and 0.19.2) catches ImportError only,
-and would fail to import as well.
+Owns the probe, and what it says of a recipe; its layers are ``megavid.models.te``'s. Import this module before anything
+of ``megatron.core``: on a machine without a GPU an installed Transformer Engine raises RuntimeError or OSError at
+import, megatron-core (0.16.1 and 0.19.2) catches ImportError only, and would fail to import as well.
 """
 
 import importlib
@@ -28,4 +28,20 @@ def probe() -> bool:
 
 
 HAS_TE: bool = probe()
-"""Transformer Engine is installed and imports; layers, FP8 and AdamW are megavid's own and torch's all the same."""
+"""Transformer Engine is installed and imports; what is built from it is said by ``precision.linears``."""
+
+DEVICES = frozenset({"cuda"})
+"""Where its layers run."""
+
+
+def why_no_fp8(recipe: str) -> str:
+    """Why Transformer Engine cannot take a recipe of ``precision.fp8`` on this machine; "" where it can.
+
+    Only where ``HAS_TE``. Source: ``FP8GlobalStateManager`` of Transformer Engine 2.3 to 2.20.
+    """
+    if recipe == "off":
+        return ""
+    state = importlib.import_module("transformer_engine.pytorch.fp8").FP8GlobalStateManager
+    ask = {"mxfp8": state.is_mxfp8_available, "blockwise": state.is_fp8_block_scaling_available}
+    is_available, reason = ask.get(recipe, state.is_fp8_available)()
+    return "" if is_available else str(reason)

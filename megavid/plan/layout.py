@@ -185,6 +185,7 @@ def _check_model(config: RunConfig) -> None:
         f"parallel.shared_expert_overlap = true needs parallel.dispatcher = 'alltoall', got '{parallel.dispatcher}'",
     )
     _check_fp8(config)
+    _check_te(config)
     if model.family == "wan":
         require(
             parallel.expert == 1 and parallel.expert_tensor == 1,
@@ -275,6 +276,25 @@ def _check_fp8(config: RunConfig) -> None:
             f"precision.fp8 = '{precision.fp8}' needs {key} = {size} to be a multiple of {multiple} on each of "
             f"{degree} = {ranks} ranks; change one of them, or take another recipe",
         )
+
+
+def _check_te(config: RunConfig) -> None:
+    precision, parallel = config.precision, config.parallel
+    if precision.linears == "native" or precision.fp8 == "off":
+        return
+    require(
+        precision.fp8 != "delayed",
+        "precision.fp8 = 'delayed' needs precision.linears = 'native': Transformer Engine's histories would not be in "
+        "checkpoints; set 'native', or precision.fp8 = 'tensorwise'",
+    )
+    ranks = parallel.context * (parallel.tensor if parallel.is_sequence_parallel else 1)
+    tokens, multiple = config.data.pack_tokens * config.train.micro_batch_size, FP8_MULTIPLES[precision.fp8]
+    require(
+        tokens % (ranks * multiple) == 0,
+        f"precision.fp8 = '{precision.fp8}' with precision.linears = 'transformer_engine' needs data.pack_tokens x "
+        f"train.micro_batch_size = {tokens} to be a multiple of {multiple} on each of {ranks} ranks that share a "
+        "pack's tokens; change data.pack_tokens, or set precision.linears = 'native'",
+    )
 
 
 def layers_of_chunk(model: ModelConfig, layout: Layout, pp_rank: int, vpp_rank: int) -> range:

@@ -156,12 +156,15 @@ def sampling_config(checkpoint: Checkpoint, overrides: Sequence[str], num_ranks:
     """The config of a checkpoint in another layout: ``overrides`` over the defaults of ``parallel``.
 
     The batch and pack sizes are of no meaning here; they are set so that they fit any layout of this many ranks. So is
-    the backend, which has no part in running forward and would refuse layouts.
+    the backend, which has no part in running forward and would refuse layouts, and whose linears computed, because a
+    checkpoint is sampled from where Transformer Engine is not.
     """
     trained = config_of(checkpoint)
+    precision = replace(trained.precision, linears="native")
     train = replace(trained.train, backend="megatron", micro_batch_size=1, global_batch_size=num_ranks)
     data = replace(trained.data, pack_tokens=num_ranks)
     plain = replace(trained, parallel=ParallelConfig(), train=train, data=data, deepspeed=DeepSpeedConfig())
+    plain = replace(plain, precision=precision)
     return with_flags(plain, overrides)
 
 

@@ -142,7 +142,8 @@ def initialize(engine: Engine[Any]) -> None:
             continue
         at = 0
         for box in fragment.boxes:
-            drawn = normal_box(key_of(SEED, fragment.name), fragment.global_shape, box.offset, box.shape).reshape(-1)
+            key, device = key_of(SEED, fragment.name), fragment.data.device
+            drawn = normal_box(key, fragment.global_shape, box.offset, box.shape, device).reshape(-1)
             fragment.data[at : at + box.numel] += 0.1 * drawn
             at += box.numel
     engine.load_finished()

@@ -1,0 +1,95 @@
+"""Column- and row-parallel linears of Transformer Engine, by megatron-core's wrappers, in the place of megavid's own.
+
+Owns what they are told: the recipe of ``precision.fp8`` as megatron-core's, layer by layer, and that nothing of a
+matrix is kept between calls. Names, placements and values are ``megavid.models.build``'s, the same for both.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megavid.config.schema import PrecisionConfig
+from megavid.errors import ConfigError
+from megavid.models.fp8 import Fp8Build
+from megavid.ops.fp8 import E5M2
+from megavid.parallel import mcore, te
+
+OLDEST = "2.3.0"
+"""Version of Transformer Engine from which megatron-core takes every recipe."""
+
+
+def check_usable(precision: PrecisionConfig, device: str) -> None:
+    """Refuse ``precision.linears = "transformer_engine"`` where it cannot be had; the default is always accepted.
+
+    Args:
+        precision: of the run.
+        device: where the model lives, "cpu" or "cuda".
+
+    Raises:
+        ConfigError: Transformer Engine does not import or is too old, or the device cannot take the recipe.
+    """
+    if precision.linears != "transformer_engine":
+        return
+    if reason := _why_not(precision, device):
+        raise ConfigError(f"precision.linears = 'transformer_engine' {reason}; set precision.linears = 'native'")
+
+
+def _why_not(precision: PrecisionConfig, device: str) -> str:
+    if not te.HAS_TE:
+        return "needs the package transformer-engine, which does not import here (megavid doctor says why)"
+    if device not in te.DEVICES:
+        return f"runs on {', '.join(sorted(te.DEVICES))}, this run is on {device}"
+    if not mcore.is_te_min_version(OLDEST):
+        return f"needs Transformer Engine {OLDEST} or later, {mcore.get_te_version()} is installed"
+    trouble = te.why_no_fp8(precision.fp8)
+    return f"cannot take precision.fp8 = '{precision.fp8}' here: {trouble}" if trouble else ""
+
+
+def te_column(fp8: Fp8Build | None) -> Callable[..., Any]:
+    """What builds a column-parallel linear of Transformer Engine, called like megatron-core's own."""
+    return lambda *sizes, config, **given: mcore.TEColumnParallelLinear(
+        *sizes, config=_config(config, fp8), is_expert=False, **given
+    )
+
+
+def te_row(fp8: Fp8Build | None) -> Callable[..., Any]:
+    """What builds a row-parallel linear of Transformer Engine, likewise."""
+    return lambda *sizes, config, **given: mcore.TERowParallelLinear(
+        *sizes, config=_config(config, fp8), is_expert=False, **given
+    )
+
+
+class InFp8(nn.Module):
+    """A linear of Transformer Engine whose products are in FP8 while gradients are wanted, called like the linear.
+
+    Each call is a region of its own: the recipes here keep nothing from one call to the next, and what is not in FP8
+    (keys and values of the text, outer blocks) is in no region. Passes without gradients (validation, samples) have any
+    number of tokens, of which products in FP8 take multiples only: they are in ``precision.dtype``.
+    """
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """What the linear gives; nothing is left to be added."""
+        region = mcore.get_fp8_context(self.linear.config) if torch.is_grad_enabled() else nullcontext()
+        with region:
+            out: tuple[Tensor, None] = self.linear(x)
+        return out
+
+
+def _config(transformer: Any, fp8: Fp8Build | None) -> Any:
+    """megatron-core's config for one linear."""
+    # Otherwise eight bits of a matrix are kept until somebody says that an optimizer step begins, and nobody does.
+    told: dict[str, Any] = {"disable_parameter_transpose_cache": True}
+    if fp8 is not None:
+        told["fp8"] = "hybrid" if fp8.recipe.gradient_dtype == E5M2 else "e4m3"
+        told["fp8_recipe"] = fp8.recipe.name
+    if torch.get_default_device().type == "meta":
+        told["init_model_with_meta_device"], told["use_cpu_initialization"] = True, False
+    return replace(transformer, **told)

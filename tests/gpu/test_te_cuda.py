@@ -1,0 +1,39 @@
+"""Linears of Transformer Engine on a GPU: as near to fp32 as megavid's own, forward and gradients, in every format."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavid.config.schema import PrecisionConfig
+from megavid.errors import ConfigError
+from megavid.models.te import check_usable
+from megavid.parallel import te
+from tests.support.te_world import FORMATS, assert_as_near, errors, passes
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(not te.HAS_TE, reason="needs Transformer Engine"),
+]
+
+
+@pytest.fixture(scope="module")
+def truth() -> Iterator[dict[str, Tensor]]:
+    """What fp32 gives, with a world of one rank open."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield passes("native", "fp32", "off", "cuda")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_its_linears_are_as_near_to_fp32_as_ours(truth: dict[str, Tensor], name: str) -> None:
+    fp8 = FORMATS[name]
+    try:
+        check_usable(PrecisionConfig(linears="transformer_engine", fp8=fp8), "cuda")  # type: ignore[arg-type]
+    except ConfigError as error:
+        pytest.skip(str(error))
+    ours, theirs = (errors(passes(which, "bf16", fp8, "cuda"), truth) for which in ("native", "transformer_engine"))
+    print(f"{name}: errors of ours {ours}, of Transformer Engine {theirs}")
+    assert_as_near(ours, theirs, fp8)
