@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     device = local_device(request.ranks or 1)
     if request.ranks > 1:
         torch.set_num_threads(1)  # a pool of threads does not survive the fork of the ranks
-    notices = check(config, request.out)
+    notices = check(config, request.out, device)
     if env.is_main:
         print("".join(f"{line}\n" for line in notices), end="")
     run_dir = RunDir(request.out)
@@ -134,8 +134,8 @@ def _default_of(argv: Sequence[str]) -> RunConfig | None:
     return load_run(argv[0], []) if argv and not argv[0].startswith("-") else None
 
 
-def check(config: RunConfig, out: Path) -> list[str]:
-    """Everything that can be known before ranks start: the reports, the data set, the weights to start from.
+def check(config: RunConfig, out: Path, device: str) -> list[str]:
+    """Everything that can be known before ranks start: packages, reports, the data set, the weights to start from.
 
     Returns:
         What the user should know of it.
@@ -144,14 +144,16 @@ def check(config: RunConfig, out: Path) -> list[str]:
         MegavidError: of the kind that fits.
     """
     from megavid.data.build import build_source
-    from megavid.parallel.zero import check_installed
+    from megavid.models import te
+    from megavid.parallel import zero
     from megavid.training.build import check_reports
     from megavid.training.resume import check_base, check_init_from, told_differences
 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")
     if config.train.backend == "deepspeed":
-        check_installed()
+        zero.check_installed()
+    te.check_installed(config.precision, device)
     check_reports(config)
     source = build_source(config)
     check_base(config, source, out)

@@ -7,7 +7,7 @@ matrix is kept between calls. Names, placements and values are ``megavid.models.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +22,41 @@ OLDEST = "2.3.0"
 """Version of Transformer Engine from which megatron-core takes every recipe."""
 
 
-def check_usable(precision: PrecisionConfig, device: str) -> None:
-    """Refuse ``precision.linears = "transformer_engine"`` where it cannot be had; the default is always accepted.
+def check_installed(precision: PrecisionConfig, device: str) -> None:
+    """Refuse ``precision.linears = "transformer_engine"`` where the package cannot be had; starts no CUDA.
 
     Args:
         precision: of the run.
         device: where the model lives, "cpu" or "cuda".
 
     Raises:
-        ConfigError: Transformer Engine does not import or is too old, or the device cannot take the recipe.
+        ConfigError: Transformer Engine does not import or is too old, or it does not run on the device.
     """
-    if precision.linears != "transformer_engine":
+    if precision.linears == "native":
         return
-    if reason := _why_not(precision, device):
-        raise ConfigError(f"precision.linears = 'transformer_engine' {reason}; set precision.linears = 'native'")
-
-
-def _why_not(precision: PrecisionConfig, device: str) -> str:
     if not te.HAS_TE:
-        return "needs the package transformer-engine, which does not import here (megavid doctor says why)"
+        _refuse("needs the package transformer-engine, which does not import here (megavid doctor says why)")
     if device not in te.DEVICES:
-        return f"runs on {', '.join(sorted(te.DEVICES))}, this run is on {device}"
+        _refuse(f"runs on {', '.join(sorted(te.DEVICES))}, this run is on {device}")
     if not mcore.is_te_min_version(OLDEST):
-        return f"needs Transformer Engine {OLDEST} or later, {mcore.get_te_version()} is installed"
-    trouble = te.why_no_fp8(precision.fp8)
-    return f"cannot take precision.fp8 = '{precision.fp8}' here: {trouble}" if trouble else ""
+        _refuse(f"needs Transformer Engine {OLDEST} or later, {mcore.get_te_version()} is installed")
+
+
+def check_usable(precision: PrecisionConfig, device: str) -> None:
+    """``check_installed``, and refuse a recipe that this rank's device cannot take.
+
+    Raises:
+        ConfigError: as there, or the device lacks the recipe.
+    """
+    check_installed(precision, device)
+    if precision.linears == "native":
+        return
+    if reason := te.why_no_fp8(precision.fp8):
+        _refuse(f"cannot take precision.fp8 = '{precision.fp8}' here: {reason}")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise ConfigError(f"precision.linears = 'transformer_engine' {reason}; set precision.linears = 'native'")
 
 
 def te_column(fp8: Fp8Build | None) -> Callable[..., Any]:
@@ -90,6 +100,4 @@ def _config(transformer: Any, fp8: Fp8Build | None) -> Any:
     if fp8 is not None:
         told["fp8"] = "hybrid" if fp8.recipe.gradient_dtype == E5M2 else "e4m3"
         told["fp8_recipe"] = fp8.recipe.name
-    if torch.get_default_device().type == "meta":
-        told["init_model_with_meta_device"], told["use_cpu_initialization"] = True, False
     return replace(transformer, **told)

@@ -44,6 +44,7 @@ def test_what_it_cannot_do_is_one_line(warm: WarmParent, tmp_path: Path) -> None
         (("--parallel.tensor", "2"), "parallel.tensor = 2 needs train.backend = 'megatron'"),
         (("--precision.dtype", "bf16"), "precision.dtype = 'bf16' needs train.backend = 'megatron'"),
         (("--precision.fp8", "tensorwise"), "precision.fp8 = 'tensorwise' needs train.backend = 'megatron'"),
+        (("--precision.linears", "transformer_engine"), "'transformer_engine' needs train.backend = 'megatron'"),
     ):
         refused = warm.run(
             "train", "tiny", "--out", str(tmp_path / "no"), *FLAGS, "--train.backend", "deepspeed", *flags

@@ -35,10 +35,11 @@ def test_a_run_in_fp8_reports_its_layers_and_goes_on_bitwise(warm: WarmParent, t
     assert ["fp8" in row for row in rows] == [False, True, False, True]
 
 
-def test_a_model_too_shallow_or_too_narrow_is_refused_in_one_line(warm: WarmParent, tmp_path: Path) -> None:
+def test_what_cannot_be_in_fp8_is_refused_in_one_line(warm: WarmParent, tmp_path: Path) -> None:
     for flags, words in (
         (("--precision.fp8_skip_first", "2"), "leaves none of model.num_layers = 3 in FP8"),
         (("--precision.fp8", "blockwise"), "model.hidden_size = 32 to be a multiple of 128"),
+        (("--precision.linears", "transformer_engine"), "precision.fp8 = 'delayed' needs precision.linears = 'native'"),
     ):
         refused = train(warm, tmp_path / "new", *flags)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

@@ -7,7 +7,7 @@ from megavid.config.load import load_run
 
 
 def test_shards_that_a_preset_of_procedural_clips_does_not_read_are_named(tmp_path: Path) -> None:
-    (told,) = check(load_run("tiny", ["--data.path", "my_shards"]), tmp_path / "run")
+    (told,) = check(load_run("tiny", ["--data.path", "my_shards"]), tmp_path / "run", "cpu")
     assert "data.path = 'my_shards' is not read" in told
     assert "--data.kind shards" in told
-    assert check(load_run("tiny", []), tmp_path / "run") == []
+    assert check(load_run("tiny", []), tmp_path / "run", "cpu") == []
