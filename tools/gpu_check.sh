@@ -51,6 +51,7 @@ else
   ops=(--tokens 512 --width 256 --rounds 1 --only router_topk)
   dense=(tiny --layers 4 --grid 1 4 4 --steps 1) moe=("${dense[@]}")
   peer=() # takes minutes on a CPU, and has a page of its own: tools/bench_peer.py
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # several ranks share few cores
 fi
 shared=tests/gpu/test_shared_gpu.py te=tests/gpu/test_te_cuda.py
 step tests "$python" -m pytest -q tests/gpu --ignore $shared --ignore $te

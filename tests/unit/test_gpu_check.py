@@ -68,3 +68,16 @@ def test_a_dry_run_asks_for_no_kernels_and_ends_with_status_2(tmp_path: Path) ->
     assert found[:3] == (2, NEW, OLD)
     assert "needs kernels: , -m pytest -q tests/gpu" in found.calls
     assert "gpu_check.py kernels" not in found.calls
+
+
+def test_without_transformer_engine_its_steps_are_left_out(tmp_path: Path) -> None:
+    found = run(tmp_path, failing="gpu_check.py te", status=2)
+    assert found[:3] == (0, NEW, NEW)
+    assert "--linears" not in found.calls
+    assert "te_parity\tleft out" in (tmp_path / "out/steps.tsv").read_text()
+
+
+def test_with_transformer_engine_it_is_compared_and_trained(tmp_path: Path) -> None:
+    calls = run(tmp_path, failing="no such command").calls
+    assert "pytest -q -s -rs tests/gpu/test_te_cuda.py" in calls
+    assert calls.count("--linears transformer_engine") == 2
