@@ -19,6 +19,7 @@ MAY_CHANGE: dict[str, str] = {
     "train.init_from": "a path, read by the first start only; of a run of adapters, where their base is looked for too",
     "train.deterministic": "the same numbers, in a pinned order",
     "train.ops": "the same numbers but for rounding",
+    "train.capture": "the same numbers but for rounding",
     "train.backend": "the same numbers but for rounding; checkpoints are the same",
     "deepspeed.*": "what is sharded, and where it is kept",
     "train.max_bad_steps": "a limit, not a number of the run",

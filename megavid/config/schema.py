@@ -107,6 +107,8 @@ class TrainConfig:
     """What is between matrix products and attention in plain torch, or in the compiled ops of csrc/, one pass over
     memory each; auto: compiled where they are built and compute what plain torch does, which is tried at the start.
     """
+    capture: Literal["off", "compile"] = "off"
+    """compile: norms, residuals and rotary embedding of the blocks go through torch.compile, once for each shape."""
     deterministic: bool = False
     """On CUDA: deterministic kernels, so that a resumed run is bitwise the same; CPU runs always are."""
     max_bad_steps: int = 10

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megavid.models.build import Build, column_linear, row_linear
 from megavid.ops.attention import cross_attention
-from megavid.ops.norm import rms_norm_of_sum
+from megavid.ops.block_ops import BlockOps
 from megavid.ops.packs import Pack, Span
 from megavid.parallel import mcore
 from megavid.parallel.placement import Init, Piece, Placement, place
@@ -28,10 +28,10 @@ class AcrossHeadsNorm(nn.Module):
     Ranks: each holds the last dim's shard before and after. Gradient: one all-reduce of a number per token and tensor.
     """
 
-    def __init__(self, build: Build, names: tuple[str, ...]) -> None:
+    def __init__(self, build: Build, names: tuple[str, ...], ops: BlockOps) -> None:
         super().__init__()
         self.width, self.eps = build.model.hidden_size, build.model.norm_eps
-        self.group, self.tp, self.ops = build.mesh.group("tp"), build.tp, build.ops
+        self.group, self.tp, self.ops = build.mesh.group("tp"), build.tp, ops
         local = self.width // build.tp
         self.weights = nn.ParameterList([build.empty(local, is_fp32=True) for _ in names])
         for name, weight in zip(names, self.weights):
@@ -41,7 +41,7 @@ class AcrossHeadsNorm(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         """Normalised tensors [..., D / tp], in one all-reduce if they have the same leading shape."""
         return [
-            rms_norm_of_sum(x, total, self.width, weight, self.eps)
+            self.ops.rms_norm(x, total, self.width, weight, self.eps)
             for x, total, weight in zip(tensors, self.sums_of_squares(*tensors), self.weights)
         ]
 
@@ -61,9 +61,9 @@ class SelfAttention(nn.Module):
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
         width = build.model.hidden_size
-        self.head_size, self.ops = build.model.head_size, build.ops
+        self.head_size, self.ops = build.model.head_size, build.capture.ops
         self.qkv = column_linear(build, [f"{name}.q", f"{name}.k", f"{name}.v"], width, width)
-        self.norm = AcrossHeadsNorm(build, (f"{name}.q_norm.weight", f"{name}.k_norm.weight"))
+        self.norm = AcrossHeadsNorm(build, (f"{name}.q_norm.weight", f"{name}.k_norm.weight"), self.ops)
         self.out = row_linear(build, f"{name}.out", width, width)
 
     def forward(self, x_tBD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -114,15 +114,15 @@ class CrossAttention(nn.Module):
         self.head_size = build.model.head_size
         self.q = column_linear(build, [f"{name}.q"], width, width)
         self.kv: Any = column_linear(build, [f"{name}.k", f"{name}.v"], width, width, of_text=True)
-        self.q_norm = AcrossHeadsNorm(build, (f"{name}.q_norm.weight",))
-        self.k_norm = AcrossHeadsNorm(build, (f"{name}.k_norm.weight",))
+        self.q_norm = AcrossHeadsNorm(build, (f"{name}.q_norm.weight",), build.capture.ops)
+        self.k_norm = AcrossHeadsNorm(build, (f"{name}.k_norm.weight",), build.ops)
         self.out = row_linear(build, f"{name}.out", width, width)
         self.has_image = build.model.image_size > 0
         if self.has_image:
             self.image_kv: Any = column_linear(
                 build, [f"{name}.image_k", f"{name}.image_v"], width, width, of_text=True
             )
-            self.image_k_norm = AcrossHeadsNorm(build, (f"{name}.image_k_norm.weight",))
+            self.image_k_norm = AcrossHeadsNorm(build, (f"{name}.image_k_norm.weight",), build.ops)
 
     def forward(self, x_tBD: Tensor, prompts: Prompts, packs: tuple[Pack, ...], span: Span) -> Tensor:
         """Attention of this rank's tokens [t, B, D], T of ``span`` inside, to the prompts of their clips."""

@@ -74,7 +74,7 @@ class Block(nn.Module):
         super().__init__()
         build = build.in_block(layer)
         model, name = build.model, f"blocks.{layer}"
-        self.layer, self.eps, self.recompute, self.ops = layer, model.norm_eps, recompute, build.ops
+        self.layer, self.eps, self.recompute, self.ops = layer, model.norm_eps, recompute, build.capture.ops
         self.table = build.empty(6, model.hidden_size, is_fp32=True)
         self.self_attention = SelfAttention(build, f"{name}.self_attention")
         self.cross_norm_weight = build.empty(model.hidden_size, is_fp32=True)

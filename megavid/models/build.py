@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megavid.config.lora import NO_ADAPTERS, LoraConfig
 from megavid.config.schema import ModelConfig, PrecisionConfig
+from megavid.models.capture import Capture
 from megavid.models.fp8 import Fp8Build, column_class, row_class
 from megavid.models.lora import Adapted, ColumnAdapter, RowAdapter
 from megavid.models.te import InFp8, te_column, te_row
@@ -31,7 +32,8 @@ class Build:
         mesh: who stands where.
         is_first_chunk: this is the first chunk of the first stage, whose copies of replicated parameters count.
         attention_backend: ``parallel.attention_backend``.
-        ops: what blocks compute between matrix products and attention, as ``train.ops`` chose.
+        ops: what is computed between matrix products and attention, as ``train.ops`` chose.
+        capture: the same ops for calls whose shapes repeat in every block and step, as ``train.capture`` chose.
         lora: which matrices get adapters.
         precision: the run's number formats.
         fp8: how the linears of the block at hand are in FP8; None where they are not.
@@ -43,6 +45,7 @@ class Build:
     is_first_chunk: bool
     attention_backend: str = "aten"
     ops: BlockOps = REFERENCE
+    capture: Capture = field(default_factory=Capture)
     lora: LoraConfig = NO_ADAPTERS
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     fp8: Fp8Build | None = None

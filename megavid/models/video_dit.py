@@ -16,6 +16,7 @@ from megavid.config.schema import RunConfig
 from megavid.models.attention import Attend, Prompts
 from megavid.models.block import Block, Conditioning
 from megavid.models.build import Build
+from megavid.models.capture import Capture
 from megavid.models.embedders import Head, ImageEmbedder, PatchEmbedder, TextEmbedder, TimestepEmbedder
 from megavid.models.fp8 import scalings_of
 from megavid.models.inputs import ModelInput
@@ -54,7 +55,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
         self.model_type = mcore.ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.received: Tensor | None = None
-        self.attention_backend = build.attention_backend
+        self.attention_backend, self.capture = build.attention_backend, build.capture
 
         self.timestep_embedder = TimestepEmbedder(build)
         self.text_embedder = TextEmbedder(build)
@@ -194,7 +195,7 @@ class VideoTransformer(mcore.MegatronModule):  # type: ignore[misc]  # megatron-
             packs=inputs.packs,
             span=inputs.span,
             attend=self._attention(inputs),
-            modulation_R6D=modulation_R6D,
+            modulation_R6D=self.capture.filled_up(modulation_R6D),
             row_tB=row_tB,
             prompts=self._prompts(inputs),
             cos=cos,
@@ -216,6 +217,7 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
     # Asked here, before memory is used.
     block_attention(backend, mesh.device, transformer.params_dtype, config.model.head_size)
     ops = block_ops(config.train.ops, mesh.device, transformer.params_dtype)
+    capture = Capture(config.train.capture, ops)
     chunks = []
     for vpp_rank in range(layout.vpp):
         build = Build(
@@ -225,6 +227,7 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
             is_first_chunk=mesh.is_first_stage and vpp_rank == 0,
             attention_backend=backend,
             ops=ops,
+            capture=capture,
             lora=config.lora,
             precision=config.precision,
         )

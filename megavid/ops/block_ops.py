@@ -35,6 +35,7 @@ class BlockOps:
             LayerNorm.
         gated_residual: (x_tBD, update_tBD, gate_RD, row_tB) to x + update * gate.
         sum_of_squares: x_TBn to [T, B, 1], fp32.
+        rms_norm: (x_TBn, sum_of_squares_TB1, width, weight_n, eps) to x normed over ``width`` numbers.
         norm_rope: (x_TBn, sum_of_squares_TB1, weight_n, cos_TB1h, sin_TB1h, width, eps) to queries or keys, normed
             over ``width`` numbers and rotated, [T, B, N, A].
         moe: what an expert layer computes.
@@ -46,6 +47,7 @@ class BlockOps:
     residual_modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     gated_residual: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     sum_of_squares: Callable[[Tensor], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, int, Tensor, float], Tensor]
     norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
     moe: MoEOps
 
@@ -85,6 +87,7 @@ REFERENCE = BlockOps(
     _residual_modulated_norm,
     gated_residual,
     _sum_of_squares,
+    rms_norm_of_sum,
     _norm_rope,
     REFERENCE_MOE,
 )
@@ -150,6 +153,7 @@ COMPILED = BlockOps(
     _compiled_residual_modulated_norm,
     _compiled_gated_residual,
     _compiled_sum_of_squares,
+    rms_norm_of_sum,
     _compiled_norm_rope,
     COMPILED_MOE,
 )

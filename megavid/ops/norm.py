@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megavid.ops.regions import in_region
+from megavid.ops.table_rows import table_rows
 
 
 def wide(x: Tensor) -> Tensor:
@@ -58,7 +59,9 @@ def residual(x_tBD: Tensor, update_tBD: Tensor) -> Tensor:
 
 def shift_or_gate(table_RD: Tensor, row_tB: Tensor) -> Tensor:
     """Rows of the table for every token, [t, B, D]."""
-    return table_RD.index_select(0, row_tB.reshape(-1)).view(*row_tB.shape, table_RD.shape[1])
+    row_T = row_tB.reshape(-1)
+    rows_TD = table_rows(table_RD, row_T) if torch.compiler.is_compiling() else table_RD.index_select(0, row_T)
+    return rows_TD.view(*row_tB.shape, table_RD.shape[1])
 
 
 def rms_norm_of_sum(x_tBn: Tensor, sum_of_squares_tB1: Tensor, width: int, weight_n: Tensor, eps: float) -> Tensor:

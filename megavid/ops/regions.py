@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch._C._profiler import _RecordFunctionFast
 
 PREFIX = "megavid/"
@@ -29,8 +30,11 @@ def region(name: str) -> AbstractContextManager[Any]:
 
     Args:
         name: lower case, such as ``dispatch``; a number after a slash is a layer, such as ``experts/3``.
+
+    What torch.compile traces is one region with its caller: compiled code has none inside.
     """
-    return mark(name) if _Switch.is_on else _OFF
+    # In this order: what is traced must not depend on the switch, or it is compiled again when a profile begins.
+    return _OFF if torch.compiler.is_compiling() or not _Switch.is_on else mark(name)
 
 
 def mark(name: str) -> AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ from megavid.training.callbacks import (
     BadSamples,
     Callback,
     Callbacks,
+    CaptureLog,
     Fp8Log,
     MetricsLog,
     RouterLog,
@@ -39,6 +40,8 @@ def build_callbacks(run: Run) -> Callbacks:
             entries.append((RouterLog(log.interval_steps), 1))
         if run.config.precision.fp8 != "off" and log.fp8_interval_steps:
             entries.append((Fp8Log(), log.fp8_interval_steps))
+        if run.config.train.capture != "off":
+            entries.append((CaptureLog(), 1))
         if log.tensorboard:
             entries.append((TensorBoard(), 1))
         if log.wandb_project:

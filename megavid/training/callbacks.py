@@ -308,3 +308,15 @@ class BadSamples(Callback):
         found = sorted({line for lines in gathered for line in lines})
         if found:
             run.event("bad_samples", step=run.state.step, samples=found)
+
+
+class CaptureLog(Callback):
+    """Says what ``train.capture`` compiled on this rank, and for which shape, as it happens (rank 0)."""
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Write a row of events.jsonl and a line for each function that was compiled, or will not be."""
+        for chunk in run.engine.chunks:
+            for found in chunk.capture.take_news():
+                shape = list(found.shape)
+                run.event("captured", step=report.step, part=found.part, shape=shape, is_refused=found.is_refused)
+                tqdm.write(found.describe(), file=sys.stdout)
