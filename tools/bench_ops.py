@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python tools/bench_ops.py --out docs/benchmarks/ops_cpu.md
     OMP_NUM_THREADS=2 python tools/bench_ops.py --only step
+    OMP_NUM_THREADS=2 python tools/bench_ops.py --only step --step-key capture
 
 Every op of a block on ``--tokens`` tokens of ``--width`` numbers, in fp32 and bf16, forward alone (keeping what
 backward needs) and with the backward pass. In every round each of the three is timed once, in turns that change, so
@@ -39,6 +40,8 @@ CALLS, HOST_CYCLES = 10, 10**8
 """Calls timed together on a GPU, and how long it is kept busy meanwhile: some 50 ms, longer than the host needs."""
 WARM_STEPS = 2
 """Training steps left out, the first of a process."""
+STEP_KEYS = {"ops": ("reference", "compiled"), "capture": ("off", "compile")}
+"""Keys of the table train that training steps are timed for: the slow value, and the other."""
 
 
 @dataclass(frozen=True)
@@ -294,10 +297,10 @@ def time_ops(sizes: Sizes, rounds: int, device: str, only: str, bandwidth: float
     return lines
 
 
-def steps_of(folder: Path, ops: str, steps: int) -> list[float]:
+def steps_of(folder: Path, key: str, value: str, steps: int) -> list[float]:
     """Seconds of the steps of a run of `tiny` in a process of its own, without the first ones."""
-    out = folder / f"{ops}_{time.monotonic_ns()}"
-    changes = ["--train.ops", ops, "--train.steps", str(steps + WARM_STEPS)]
+    out = folder / f"{value}_{time.monotonic_ns()}"
+    changes = [f"--train.{key}", value, "--train.steps", str(steps + WARM_STEPS)]
     command = [sys.executable, "-m", "megavid", "train", "tiny", "--out", str(out), *changes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -306,20 +309,19 @@ def steps_of(folder: Path, ops: str, steps: int) -> list[float]:
     return [row["step_time_s"] for row in found][WARM_STEPS:]
 
 
-def time_steps(steps: int, rounds: int) -> list[str]:
-    """The table of training steps."""
-    seconds: dict[str, list[float]] = {"reference": [], "compiled": []}
+def time_steps(steps: int, rounds: int, key: str) -> list[str]:
+    """The table of training steps with either value of ``train.KEY``."""
+    values = STEP_KEYS[key]
+    seconds: dict[str, list[float]] = {value: [] for value in values}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
-            for ops in sorted(seconds, reverse=bool(turn % 2)):
-                seconds[ops] += steps_of(Path(folder), ops, steps)
-    least, middle = (
-        [measure(seconds[ops]) * 1e3 for ops in ("reference", "compiled")] for measure in (min, statistics.median)
-    )
+            for value in sorted(seconds, reverse=bool(turn % 2)):
+                seconds[value] += steps_of(Path(folder), key, value, steps)
+    least, middle = ([measure(seconds[value]) * 1e3 for value in values] for measure in (min, statistics.median))
     cells = [f"{low:.0f} / {mid:.0f}" for low, mid in zip(least, middle, strict=True)]
     ratio = f"{least[0] / least[1]:.2f} / {middle[0] / middle[1]:.2f}"
     return [
-        '| `train.ops = "reference"`, ms | `"compiled"`, ms | reference / compiled |',
+        f'| `train.{key} = "{values[0]}"`, ms | `"{values[1]}"`, ms | {" / ".join(values)} |',
         "| ---: | ---: | ---: |",
         f"| {' | '.join([*cells, ratio])} |",
     ]
@@ -334,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="of every op (default %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="training steps of a process; 0: none (%(default)s)")
     parser.add_argument("--step-rounds", type=int, default=2, help="processes of each setting (default %(default)s)")
+    parser.add_argument("--step-key", choices=sorted(STEP_KEYS), default="ops", help="of train (default %(default)s)")
     parser.add_argument("--only", default="", help="ops whose names have this in them; step: the training steps alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the ops (default %(default)s)")
     parser.add_argument(
@@ -366,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"A training step of `tiny` on one rank, from {arguments.step_rounds} x {arguments.steps} steps of each "
             "setting in turn, in processes of their own, without their first steps; least / median.",
             "",
-            *time_steps(arguments.steps, arguments.step_rounds),
+            *time_steps(arguments.steps, arguments.step_rounds, arguments.step_key),
         ]
     print("\n".join(page))
     if arguments.out is not None:

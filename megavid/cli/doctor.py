@@ -58,7 +58,7 @@ def examine() -> list[Finding]:
     """All findings, required things first."""
     probes: list[Callable[[], Finding]] = [
         *(_python, _torch, _megatron_core, _cuda, _communication),
-        *(_transformer_engine, _apex, _deepspeed, _flex_dispatchers, _compiled_ops, _fp8),
+        *(_transformer_engine, _apex, _deepspeed, _flex_dispatchers, _compiled_ops, _compiler, _fp8),
         *(_inference, _video, _versions, _job, _caches),
     ]
     return [probe() for probe in probes]
@@ -201,6 +201,21 @@ def _compiled_ops() -> Finding:
     if torch.cuda.is_available() and "cuda" not in devices:
         return Finding(name, "warn", f"built for {found}, not for cuda: no nvcc at build time?", plain + " on GPUs")
     return Finding(name, "on", f"built for {found}", 'train.ops = "auto", the default, and "compiled" take them')
+
+
+def _compiler() -> Finding:
+    name, refused = "torch.compile", 'train.capture = "compile" is refused'
+    if trouble := why_not("megavid.models.capture"):
+        return Finding(name, "off", trouble, refused)
+    import torch
+
+    from megavid.models.capture import why_not_captured
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := why_not_captured(device):
+        return Finding(name, "off", reason, refused)
+    found = "triton" if device.type == "cuda" else shutil.which(os.environ.get("CXX", "g++")) or ""
+    return Finding(name, "on", found, 'train.capture = "compile" takes it; off by default')
 
 
 def _fp8() -> Finding:

@@ -7,6 +7,9 @@ adapters and FP8: layouts do not matter here. So do attention, the text's keys a
 clips), experts, and all passes without gradient.
 """
 
+import importlib.util
+import os
+import shutil
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megavid.errors import ConfigError
 from megavid.ops.block_ops import REFERENCE, BlockOps
 from megavid.ops.regions import region
 from megavid.parallel import cpu
@@ -24,7 +28,7 @@ Choice = Literal["off", "compile"]
 
 MAX_SHAPES = 8
 """Shapes of one function that are compiled; calls of further ones run as they stand."""
-LEAST_ROWS = 8
+LEAST_ROWS = 16
 """Rows of a modulation table at least."""
 
 
@@ -104,6 +108,26 @@ class Capture:
         """What was compiled since the last call."""
         news, self._news[:] = list(self._news), []
         return news
+
+
+def why_not_captured(device: torch.device) -> str:
+    """What torch.compile lacks for tensors of this device, in one line; "" where nothing."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "the package triton is not installed; pip install triton"
+    compiler = os.environ.get("CXX", "g++")
+    return "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}; install it, or set CXX"
+
+
+def check_capture(choice: Choice, device: torch.device) -> None:
+    """Refuse what cannot be compiled here, before anything is.
+
+    Raises:
+        ConfigError: the run asks for it, and torch.compile lacks something.
+    """
+    if choice == "off" or device.type == "meta":
+        return
+    if reason := why_not_captured(device):
+        raise ConfigError(f"train.capture = '{choice}' cannot run here: {reason}, or set 'off'")
 
 
 class _Part:

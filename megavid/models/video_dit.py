@@ -16,7 +16,7 @@ from megavid.config.schema import RunConfig
 from megavid.models.attention import Attend, Prompts
 from megavid.models.block import Block, Conditioning
 from megavid.models.build import Build
-from megavid.models.capture import Capture
+from megavid.models.capture import Capture, check_capture
 from megavid.models.embedders import Head, ImageEmbedder, PatchEmbedder, TextEmbedder, TimestepEmbedder
 from megavid.models.fp8 import scalings_of
 from megavid.models.inputs import ModelInput
@@ -209,7 +209,7 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
 
     Raises:
         ConfigError: the attention kernel cannot take this device, dtype or head width, or compiled ops are asked for
-            that are not there, or Transformer Engine's linears where they cannot be had.
+            that are not there, Transformer Engine's linears, or a compiler, where it lacks something.
     """
     layout, backend = mesh.layout, config.parallel.attention_backend
     check_usable(config.precision, mesh.device.type)
@@ -217,6 +217,7 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
     # Asked here, before memory is used.
     block_attention(backend, mesh.device, transformer.params_dtype, config.model.head_size)
     ops = block_ops(config.train.ops, mesh.device, transformer.params_dtype)
+    check_capture(config.train.capture, mesh.device)
     capture = Capture(config.train.capture, ops)
     chunks = []
     for vpp_rank in range(layout.vpp):

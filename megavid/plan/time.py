@@ -73,6 +73,11 @@ def not_counted(config: RunConfig) -> tuple[str, ...]:
             "train.ops = 'compiled' is not counted in the step time, which is that of plain torch; memory counts it "
             "(docs/kernels.md)"
         )
+    if config.train.capture != "off":
+        notes.append(
+            f"train.capture = '{config.train.capture}' is not counted: step time and memory are those of 'off' "
+            "(docs/kernels.md)"
+        )
     return tuple(notes)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megavid.models.capture import MAX_SHAPES, Capture, Captured
+from megavid.errors import ConfigError
+from megavid.models.capture import Capture, Captured, check_capture
 from megavid.ops.block_ops import REFERENCE, BlockOps
 from megavid.ops.regions import regions_on
 from tests.support import tolerance
@@ -36,7 +37,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def norm_inputs(tokens: int = T, rows: int = 8, dtype: torch.dtype = torch.float32) -> list[Any]:
-    row = torch.arange(tokens).mul(rows).div(tokens, rounding_mode="floor").unsqueeze(1)
+    row = (torch.arange(tokens) % rows).unsqueeze(1)  # so that threads, which share the tokens, meet in every row
     return [numbers(tokens, 1, D, dtype=dtype), numbers(rows, D), numbers(rows, D), row, EPS]
 
 
@@ -78,17 +79,18 @@ def test_passes_without_gradient_run_as_they_stand() -> None:
     assert backend.graphs == 0
 
 
-def test_shapes_beyond_the_limit_run_as_they_stand_and_are_told_once() -> None:
+def test_shapes_beyond_the_limit_run_as_they_stand_and_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megavid.models.capture.MAX_SHAPES", 2)
     backend = Backend()
     capture = Capture("compile", REFERENCE, backend)
-    for tokens in range(1, MAX_SHAPES + 4):
+    for tokens in range(1, 6):
         x = numbers(tokens, 1, D)
         assert torch.equal(capture.ops.sum_of_squares(x), REFERENCE.sum_of_squares(x))
-    assert backend.graphs == MAX_SHAPES
+    assert backend.graphs == 2
     *compiled, refused = capture.take_news()
-    assert [event.is_refused for event in compiled] == [False] * MAX_SHAPES
+    assert [event.is_refused for event in compiled] == [False, False]
     assert refused.describe() == (
-        "train.capture: sum_of_squares has 8 shapes already; 9 x 1 x 32 and further ones run without the compiler"
+        "train.capture: sum_of_squares has 2 shapes already; 3 x 1 x 32 and further ones run without the compiler"
     )
 
 
@@ -96,7 +98,7 @@ def test_a_table_is_filled_up_to_few_numbers_of_rows_which_changes_no_number() -
     capture = Capture("compile", REFERENCE, Backend())
     table = numbers(3, 6, D)
     filled = capture.filled_up(table)
-    assert [capture.filled_up(torch.ones(rows, 6, 1)).shape[0] for rows in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 32]
+    assert [capture.filled_up(torch.ones(rows, 6, 1)).shape[0] for rows in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 64]
     assert torch.equal(filled[:3], table)
     assert not filled[3:].any()
     (grad,) = torch.autograd.grad(filled.square().sum(), table)
@@ -112,8 +114,18 @@ def test_a_profile_that_begins_compiles_nothing_again() -> None:
     assert (backend.graphs, backend.calls) == (1, 2)
 
 
+def test_a_machine_that_cannot_compile_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    check_capture("compile", device)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_capture("off", device)
+    words = "^train.capture = 'compile' cannot run here: there is no C[+]{2} compiler no-such-compiler; .*set 'off'$"
+    with pytest.raises(ConfigError, match=words):
+        check_capture("compile", device)
+
+
 CASES: dict[str, tuple[torch.dtype, Callable[[BlockOps], Any], Callable[[torch.dtype], list[Any]]]] = {
-    "modulated_norm": (torch.float32, lambda ops: ops.modulated_norm, lambda _: norm_inputs(4096, 2)),
+    "modulated_norm": (torch.float32, lambda ops: ops.modulated_norm, lambda _: norm_inputs(1 << 16, 2)),
     "norm_rope": (
         torch.bfloat16,
         lambda ops: lambda x, *rest: ops.norm_rope(x, ops.sum_of_squares(x), *rest, D, EPS),
