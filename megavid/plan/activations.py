@@ -1,74 +1,20 @@
 """Bytes of activations on one rank: what a microbatch keeps for its backward pass, how many are kept, working memory.
 
 Owns the formulas that ``megavid.plan.memory`` adds up. They follow the ops as they are written, tensor by tensor, so
-an op that is fused changes its line here; tests count what autograd really keeps. Notation: ``own`` tokens stand on the
-rank between tensor-parallel products, ``span`` tokens inside them; ``wide`` is fp32, ``narrow`` the activations' dtype.
+an op that is fused changes its line here; tests count what autograd really keeps. What FP8 changes of them is
+``megavid.plan.fp8_activations``'s, the notation ``megavid.plan.shapes``'s.
 """
-
-from dataclasses import dataclass
 
 from megavid.config.schema import ModelConfig, RunConfig
 from megavid.plan.buffers import chunk_parameters
-from megavid.plan.layout import Layout, layers_of_chunk
+from megavid.plan.fp8 import fp8_layers_of_stage
+from megavid.plan.fp8_activations import eight_bit_bytes, eight_bit_temporaries
+from megavid.plan.layout import Layout
+from megavid.plan.shapes import INDEX, WIDE, Shapes, expert_rows_of_rank, layers_of_stage
 from megavid.plan.workload import Workload
 
-WIDE, INDEX = 4, 8
-"""Bytes of an fp32 number and of an int64 index."""
 EXPERT_PARTS = ("router", "experts", "shared_expert")
 """Parts of an expert layer's feed-forward."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """Sizes of one microbatch on one rank.
-
-    Attributes:
-        own: tokens between tensor-parallel products: all / (tp x cp) under sequence parallelism, else all / cp.
-        span: tokens inside them: all / cp.
-        valid: share of tokens that belong to clips.
-        clips: clips of the microbatch, whole packs: their captions stand on every rank.
-        tp: tensor-parallel ranks.
-        etp: expert-tensor ranks.
-        ulysses: ranks that exchange tokens for heads.
-        ring: ranks that keys and values travel between.
-        narrow: bytes of an activation.
-        has_copies: activations are not fp32, so that what is computed in fp32 is a copy.
-        is_fused: norms, modulation, residuals, rotation, the choice of experts, their activation and the order of their
-            rows are one op each, which keep their inputs as they come (``train.ops = "compiled"``; "auto" is counted
-            as plain torch, which needs more).
-    """
-
-    own: int
-    span: int
-    valid: float
-    clips: int
-    tp: int
-    etp: int
-    ulysses: int
-    ring: int
-    narrow: int
-    has_copies: bool
-    is_fused: bool
-
-    @classmethod
-    def of(cls, config: RunConfig, layout: Layout, workload: Workload) -> "Shapes":
-        """Sizes of a microbatch of ``workload`` in ``layout``."""
-        packs = config.train.micro_batch_size
-        span = packs * workload.pack_tokens // layout.cp
-        is_bf16 = config.precision.dtype == "bf16"
-        return cls(
-            own=span // layout.tp if layout.sequence else span,
-            span=span,
-            valid=workload.tokens / workload.pack_tokens,
-            clips=packs * len(workload.clip_tokens),
-            tp=layout.tp,
-            etp=layout.etp,
-            ulysses=layout.context_plan.ulysses,
-            ring=layout.context_plan.ring,
-            narrow=2 if is_bf16 else WIDE,
-            has_copies=is_bf16,
-            is_fused=config.train.ops == "compiled",
-        )
 
 
 def activation_bytes(
@@ -91,10 +37,9 @@ def activation_bytes(
             parts[part] = parts.get(part, 0.0) + size * times
 
     add(_shared(model, shapes), layout.vpp)
-    dense, moe = layers_of_stage(model, layout, pp_rank)
-    for is_moe, count in ((False, dense), (True, moe)):
-        if count:
-            add(block_bytes(model, shapes, config.parallel.recompute, is_moe=is_moe, imbalance=imbalance), count)
+    recompute = config.parallel.recompute
+    for is_moe, is_fp8, count in kinds_of_stage(config, layout, pp_rank):
+        add(block_bytes(model, shapes, recompute, is_moe=is_moe, imbalance=imbalance, is_fp8=is_fp8), count)
     if pp_rank == 0:
         patch = model.in_channels * model.patch_volume
         add({"embedders": shapes.own * patch * shapes.narrow})
@@ -103,15 +48,24 @@ def activation_bytes(
     return {part: round(size) for part, size in parts.items()}
 
 
-def layers_of_stage(model: ModelConfig, layout: Layout, pp_rank: int) -> tuple[int, int]:
-    """Dense and expert layers of a stage, all its chunks."""
-    layers = [i for chunk in range(layout.vpp) for i in layers_of_chunk(model, layout, pp_rank, chunk)]
-    moe = sum(model.is_moe_layer(layer) for layer in layers)
-    return len(layers) - moe, moe
+def kinds_of_stage(config: RunConfig, layout: Layout, pp_rank: int) -> list[tuple[bool, bool, int]]:
+    """Kinds of blocks of a stage: whether with experts, whether in FP8, and how many; those that it has."""
+    layers, inside = layers_of_stage(config.model, layout, pp_rank), fp8_layers_of_stage(config, layout, pp_rank)
+    found = []
+    for is_moe in (False, True):
+        counts = {True: inside[is_moe], False: layers[is_moe] - inside[is_moe]}
+        found += [(is_moe, is_fp8, count) for is_fp8, count in counts.items() if count]
+    return found
 
 
 def block_bytes(
-    model: ModelConfig, shapes: Shapes, recompute: str, *, is_moe: bool, imbalance: float = 1.0
+    model: ModelConfig,
+    shapes: Shapes,
+    recompute: str,
+    *,
+    is_moe: bool,
+    imbalance: float = 1.0,
+    is_fp8: bool = False,
 ) -> dict[str, float]:
     """Bytes that one block keeps, by part; the residual stream that it is given counts as its own."""
     stream = shapes.own * model.hidden_size * shapes.narrow
@@ -126,13 +80,17 @@ def block_bytes(
             "modulation": _tables(model, shapes),
         }
     tables = {"modulation": _tables(model, shapes)} if shapes.is_fused else {}
-    return {
+    wide = {
         **tables,
         "residual": 2 * _gated_residual(model, shapes),
         "self_attention": _modulated_norm(model, shapes) + _self_attention(model, shapes),
         "cross_attention": _norm_input(model, shapes) + _cross_attention(model, shapes),
         **_feed_forward(model, shapes, is_moe=is_moe, imbalance=imbalance),
     }
+    if not is_fp8:
+        return wide
+    changes = eight_bit_bytes(model, shapes, is_moe=is_moe, imbalance=imbalance)
+    return {part: size + changes.get(part, 0.0) for part, size in wide.items()}
 
 
 # Branches
@@ -205,7 +163,7 @@ def _router(model: ModelConfig, shapes: Shapes) -> float:
 
 def _experts(model: ModelConfig, shapes: Shapes, imbalance: float) -> float:
     moe = model.moe
-    rows = _rows(model, shapes, imbalance)
+    rows = expert_rows_of_rank(model, shapes, imbalance)
     hidden = moe.expert_ffn_size / shapes.etp
     # GELU keeps its input, the hidden activation (not if fused) and that times the gate; SwiGLU also the gate's side.
     kept = (5 if moe.activation == "swiglu" else 3) - (1 + (moe.activation == "swiglu")) * shapes.is_fused
@@ -213,11 +171,6 @@ def _experts(model: ModelConfig, shapes: Shapes, imbalance: float) -> float:
     indices = (2 + shapes.is_fused) * INDEX + WIDE
     permutation = shapes.own * (INDEX if shapes.is_fused else moe.num_experts * (1 + WIDE))
     return rows * (model.hidden_size * shapes.narrow + kept * hidden * shapes.narrow + indices) + permutation
-
-
-def _rows(model: ModelConfig, shapes: Shapes, imbalance: float) -> float:
-    """Rows that this rank's experts compute; over expert-tensor ranks each has the rows of all of them."""
-    return shapes.own * shapes.valid * model.moe.top_k * shapes.etp * imbalance
 
 
 # Ops
@@ -298,27 +251,33 @@ def working_bytes(config: RunConfig, layout: Layout, pp_rank: int, workload: Wor
     """
     model, shapes = config.model, Shapes.of(config, layout, workload)
     recompute, worst = config.parallel.recompute, 0.0
-    for is_moe, count in zip((False, True), layers_of_stage(model, layout, pp_rank)):
-        if count:
-            again = _computed_again(model, shapes, recompute, is_moe=is_moe, imbalance=imbalance)
-            worst = max(worst, again + _temporaries(model, shapes, is_moe=is_moe, imbalance=imbalance))
+    for is_moe, is_fp8, _ in kinds_of_stage(config, layout, pp_rank):
+        again = _computed_again(model, shapes, recompute, is_moe=is_moe, imbalance=imbalance, is_fp8=is_fp8)
+        again += _temporaries(model, shapes, is_moe=is_moe, imbalance=imbalance)
+        worst = max(worst, again)
     if pp_rank == layout.pp - 1:
         worst = max(worst - _head(model, shapes), _temporaries(model, shapes, is_moe=False))
     largest = max(p.numel for chunk in range(layout.vpp) for p in chunk_parameters(model, layout, pp_rank, chunk))
     return round(worst) + largest * shapes.narrow  # the gradient of one parameter before it is added to the buffer
 
 
-def _computed_again(model: ModelConfig, shapes: Shapes, recompute: str, *, is_moe: bool, imbalance: float) -> float:
-    """What recomputation brings back at a time: a block, or a branch, whose gate is behind it by then."""
+def _computed_again(
+    model: ModelConfig, shapes: Shapes, recompute: str, *, is_moe: bool, imbalance: float, is_fp8: bool
+) -> float:
+    """What recomputation brings back at a time: a block, or a branch, whose gate is behind it by then; and beside it
+    the memory that rounding in FP8 works in."""
+    rounding = eight_bit_temporaries(model, shapes, is_moe=is_moe, imbalance=imbalance) if is_fp8 else {}
     if recompute == "none":
-        return 0.0
-    parts = block_bytes(model, shapes, "none", is_moe=is_moe, imbalance=imbalance)
+        return max(rounding.values(), default=0.0)
+    parts = block_bytes(model, shapes, "none", is_moe=is_moe, imbalance=imbalance, is_fp8=is_fp8)
     if recompute == "full":
-        return sum(parts.values()) - (0 if shapes.has_copies else shapes.own * model.hidden_size * WIDE)
+        known = 0 if shapes.has_copies else shapes.own * model.hidden_size * WIDE
+        return sum(parts.values()) - known + max(rounding.values(), default=0.0)
+    feed_forward = ("dense_ffn", *EXPERT_PARTS)
     branches = (
-        parts["self_attention"] - _attention_output(model, shapes),
-        parts["cross_attention"],
-        sum(parts.get(part, 0.0) for part in ("dense_ffn", *EXPERT_PARTS)),
+        parts["self_attention"] - _attention_output(model, shapes) + rounding.get("self_attention", 0.0),
+        parts["cross_attention"] + rounding.get("cross_attention", 0.0),
+        sum(parts.get(part, 0.0) for part in feed_forward) + max(rounding.get(part, 0.0) for part in feed_forward),
     )
     return max(branches) - _gated_residual(model, shapes)
 
@@ -328,7 +287,7 @@ def _temporaries(model: ModelConfig, shapes: Shapes, *, is_moe: bool, imbalance:
     stream = shapes.own * model.hidden_size * (3 * WIDE + shapes.narrow)
     if not is_moe:
         return stream
-    moe, rows = model.moe, _rows(model, shapes, imbalance)
+    moe, rows = model.moe, expert_rows_of_rank(model, shapes, imbalance)
     narrow, hidden = model.hidden_size * shapes.narrow, moe.expert_ffn_size / shapes.etp
     row = max(3 * narrow, narrow + 2 * WIDE * hidden)
     if moe.has_bias:  # the gate's gradient takes two products in fp32
@@ -344,7 +303,7 @@ def dispatcher_bytes(
     if not layers_of_stage(config.model, layout, pp_rank)[1]:
         return 0
     shapes = Shapes.of(config, layout, workload)
-    return round(2 * _rows(config.model, shapes, imbalance) * config.model.hidden_size * shapes.narrow)
+    return round(2 * expert_rows_of_rank(config.model, shapes, imbalance) * config.model.hidden_size * shapes.narrow)
 
 
 def context_parallel_bytes(config: RunConfig, layout: Layout, workload: Workload) -> int:

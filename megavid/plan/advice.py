@@ -26,6 +26,7 @@ CAUSES: Mapping[str, tuple[str, ...]] = {
     ),
     "recompute": ("recompute",),
     "memory bandwidth": ("glue",),
+    "rounding to FP8": ("rounding",),
     "tensor parallel": ("tensor",),
     "context parallel": ("context",),
     "all-to-all": ("expert",),

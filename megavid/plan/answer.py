@@ -9,8 +9,8 @@ from typing import Any
 
 from megavid.config.schema import RunConfig
 from megavid.plan.advice import Binding, binding_of
-from megavid.plan.calibration import Calibration
 from megavid.plan.flops import Flops, forward_flops, recompute_flops
+from megavid.plan.fp8 import fp8_notes
 from megavid.plan.goodput import Goodput, checkpoint_bytes, plan_goodput
 from megavid.plan.hardware import Hardware
 from megavid.plan.hindcast import evidence
@@ -255,7 +255,7 @@ def plan_run(config: RunConfig, workload: Workload, job: Job) -> Answer:
         goodput=_goodput(config, job, time.total, host),
         budget_tokens=job.budget_tokens or float(config.train.steps * workload.packs_per_step * workload.tokens),
         binding=binding_of(config, layout, workload, hardware, memory, time, job.calibration, headroom=job.headroom),
-        notes=_notes(config, layout, transfers, job.calibration),
+        notes=_notes(config, layout, transfers, job),
     )
 
 
@@ -305,11 +305,10 @@ def _most_traffic(
     return max(found, key=lambda pair: sum(transfer.bytes for transfer in pair[1]))
 
 
-def _notes(
-    config: RunConfig, layout: Layout, transfers: tuple[Transfer, ...], calibration: Calibration
-) -> tuple[str, ...]:
+def _notes(config: RunConfig, layout: Layout, transfers: tuple[Transfer, ...], job: Job) -> tuple[str, ...]:
     """Assumptions of the shared calibration that this layout leans on; a probe's numbers are measured."""
-    notes = [*not_counted(config)]
+    calibration = job.calibration
+    notes = [*not_counted(config), *fp8_notes(config, job.hardware, calibration)]
     if config.train.backend == "deepspeed":
         notes.append("train.backend = 'deepspeed': step time is that of megatron-core; DeepSpeed's was not measured")
     far = {t.axis for t in transfers if t.operation == "all_to_all" and t.fabric == "network"}

@@ -15,12 +15,13 @@ from typing import Literal, NamedTuple
 
 from megavid.config.schema import RunConfig
 from megavid.errors import ConfigError
-from megavid.plan.activations import Shapes, block_bytes, in_flight, layers_of_stage
+from megavid.plan.activations import block_bytes, in_flight
 from megavid.plan.critical_path import Schedule, StepTime, bubble_share
 from megavid.plan.job import Job
 from megavid.plan.layout import Layout, layout_of
 from megavid.plan.memory import CUDA_CONTEXT_BYTES, IMBALANCE_HEADROOM, SLACK
 from megavid.plan.parameters import count
+from megavid.plan.shapes import Shapes, layers_of_stage
 from megavid.plan.time import step_time
 from megavid.plan.workload import Workload, workload_of_clip
 
@@ -72,7 +73,9 @@ class Bounds:
         by_part = count(config.model).by_part
         self._experts = by_part["experts"]
         self._dense = sum(by_part.values()) - self._experts - by_part["embedders"]
-        self._is_uniform = len({config.model.is_moe_layer(layer) for layer in range(config.model.num_layers)}) == 1
+        # In FP8 the first stage has blocks that are not; then it is no measure of the slowest one.
+        kinds = {config.model.is_moe_layer(layer) for layer in range(config.model.num_layers)}
+        self._is_uniform = len(kinds) == 1 and config.precision.fp8 == "off"
         self._has_experts = config.model.family == "wan_moe"
         # Not methods with a cache of their own: a cache on the class would keep every search alive.
         self.workload = lru_cache(maxsize=None)(self._workload)
@@ -97,9 +100,16 @@ class Bounds:
         config = replace(self.config, train=replace(self.config.train, micro_batch_size=micro))
         layout = Layout(tp=tp, cp=cp, etp=etp, sequence=sequence)
         shapes, model = Shapes.of(config, layout, self.workload(tp * cp)), config.model
-        dense = block_bytes(model, shapes, recompute, is_moe=False, imbalance=IMBALANCE_HEADROOM)
-        moe = block_bytes(model, shapes, recompute, is_moe=True, imbalance=IMBALANCE_HEADROOM)
-        return sum(dense.values()), sum(moe.values())
+
+        def least(is_moe: bool) -> float:
+            kinds = (False, True) if config.precision.fp8 != "off" else (False,)
+            found = (
+                block_bytes(model, shapes, recompute, is_moe=is_moe, imbalance=IMBALANCE_HEADROOM, is_fp8=is_fp8)
+                for is_fp8 in kinds
+            )
+            return min(sum(parts.values()) for parts in found)
+
+        return least(False), least(True)
 
     def _stage(self, pp: int, vpp: int, microbatches: int) -> Stage:
         """The first stage of a pipeline."""

@@ -70,6 +70,8 @@ class Calibration:
         name: machine that it was measured on, or "gpu".
         matrix_efficiency: share of the dense peak that a large matrix product reaches. Probe: fitted; the peak of
             ``Hardware`` is the best product by itself.
+        fp8_matrix_ratio: share of the FP8 peak that a large product in eight bits reaches, over ``matrix_efficiency``.
+            Probe: 1.0, a probe times no product in eight bits.
         attention_efficiency: share of the peak that the products in attention's forward kernel reach on long sequences,
             its exponentials apart. Probe: fitted, from the forward of scaled-dot-product attention on 4,096 keys over
             the probe's peak, divided by 4096 / (4096 + attention_half_keys); exponentials are in it
@@ -110,6 +112,7 @@ class Calibration:
 
     name: str
     matrix_efficiency: float
+    fp8_matrix_ratio: float
     attention_efficiency: float
     attention_backward_ratio: float
     attention_half_keys: float
@@ -181,7 +184,7 @@ NUMBERS = tuple(entry.name for entry in fields(Calibration) if entry.type is flo
 """Fields that are efficiencies or latencies."""
 
 
-POSITIVE = tuple(name for name in NUMBERS if "efficiency" in name or name == "attention_backward_ratio")
+POSITIVE = tuple(name for name in NUMBERS if "efficiency" in name or name.endswith("_ratio"))
 """Fields that others are divided by."""
 
 

@@ -8,11 +8,12 @@ published runs of others (``reference``) both arrive here as ``Stage``s, so that
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megavid.plan.kernels import Attention, Exchange, Machine, Product
+from megavid.plan.kernels import Attention, Exchange, Machine, Product, Rounding
 
 AXIS_PARTS = {
     "tp": "tensor", "etp": "tensor", "cp": "context", "ep": "expert", "pp": "pipeline", "dp": "data", "edp": "data",
     "fsdp": "data", "embedders": "data", "scalars": "data",
+    "amax": "rounding",
 }  # fmt: skip
 """Part that exposed communication of an axis is booked as."""
 
@@ -24,6 +25,7 @@ class Stage:
     Attributes:
         products: matrix products of the forward pass of one microbatch.
         attention: attention likewise.
+        roundings: rounding of products' operands likewise.
         glue_bytes: bytes that memory-bound operators move in the forward and backward pass of one microbatch.
         is_estimate: ``glue_bytes`` are estimated by hand, not counted operator by operator.
         recompute: forward passes done again, by part (1.0: all of it); "glue" for the memory-bound ones.
@@ -36,6 +38,7 @@ class Stage:
 
     products: tuple[Product, ...]
     attention: tuple[Attention, ...] = ()
+    roundings: tuple[Rounding, ...] = ()
     glue_bytes: float = 0.0
     is_estimate: bool = False
     recompute: Mapping[str, float] = field(default_factory=dict)
@@ -67,9 +70,9 @@ class Schedule:
 class StepTime:
     """Seconds of one optimizer step on the critical path, by part.
 
-    Parts: those of ``megavid.plan.flops`` (forward and backward), "recompute", "glue" (memory-bound work), exposed
-    communication "tensor", "context", "expert", "pipeline" and "data", then "imbalance", "host", "bubble" and
-    "optimizer". Parts that are zero are left out.
+    Parts: those of ``megavid.plan.flops`` (forward and backward), "recompute", "glue" (memory-bound work), "rounding"
+    (of operands in FP8, and the wait for their largest magnitude), exposed communication "tensor", "context", "expert",
+    "pipeline" and "data", then "imbalance", "host", "bubble" and "optimizer". Parts that are zero are left out.
     """
 
     parts: Mapping[str, float]
@@ -143,6 +146,14 @@ def _compute(stage: Stage, machine: Machine) -> tuple[dict[str, float], _Compute
             compute.attention += forward + backward
         else:
             compute.backward_products += backward
+    for rounding in stage.roundings:
+        forward, backward = machine.rounding(rounding)
+        repeated = stage.recompute.get(rounding.part, 0.0) * forward
+        parts["rounding"] = parts.get("rounding", 0.0) + forward + backward
+        again += repeated
+        compute.forward += forward
+        compute.backward += backward + repeated
+        compute.by_part[rounding.part] = compute.by_part.get(rounding.part, 0.0) + forward + backward + repeated
     glue = machine.glue(stage.glue_bytes, is_estimate=stage.is_estimate)
     # A third of memory-bound work is the forward pass's: the backward one reads what it saved and gradients besides.
     again += stage.recompute.get("glue", 0.0) * glue / 3

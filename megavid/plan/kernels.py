@@ -11,10 +11,11 @@ from functools import cached_property
 from typing import Literal
 
 from megavid.plan.calibration import BESIDE, Calibration, CallCost
+from megavid.plan.fp8 import Units
 from megavid.plan.hardware import Hardware
 
-BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}
-"""Bytes of an activation by number format; products of FP8 read and write bf16."""
+BYTES = {"bf16": 2, "fp32": 4}
+"""Bytes of an activation by number format."""
 GRADIENT_BYTES = 4
 """Bytes of a weight gradient; matrix products add to it in fp32."""
 
@@ -35,6 +36,8 @@ class Product:
         inner: width that is summed over.
         columns: width of the result.
         calls: in the forward pass of one microbatch.
+        units: what multiplies, see ``megavid.plan.fp8``; "" for the run's number format.
+        is_of_prompt: its rows are those of captions or images.
     """
 
     part: str
@@ -42,11 +45,28 @@ class Product:
     inner: float
     columns: float
     calls: float = 1.0
+    units: Units = ""
+    is_of_prompt: bool = False
 
     @property
     def flops(self) -> float:
         """FLOPs of the forward pass."""
         return 2.0 * self.rows * self.inner * self.columns * self.calls
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Rounding of the operands of products in FP8, and turning them back.
+
+    Attributes:
+        part: that the products are booked as.
+        forward_bytes: that it moves in the forward pass of one microbatch.
+        backward_bytes: in the backward pass.
+    """
+
+    part: str
+    forward_bytes: float
+    backward_bytes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +154,26 @@ class Machine:
         """FLOP/s that a matrix product of large operands reaches."""
         return self.hardware.peak_of(self.dtype) * self.calibration.matrix_efficiency / self.slowdown
 
+    @cached_property
+    def fp8_product_rate(self) -> float:
+        """FLOP/s of a product on units for eight bits."""
+        efficiency = self.calibration.matrix_efficiency * self.calibration.fp8_matrix_ratio
+        return self.hardware.peak_of("fp8") * efficiency / self.slowdown
+
+    @cached_property
+    def turned_back_rate(self) -> float:
+        """FLOP/s of a product of numbers in eight bits that were turned back: they are multiplied in fp32."""
+        dtype = "fp32" if "fp32" in self.hardware.peak else self.dtype
+        return self.hardware.peak_of(dtype) * self.calibration.matrix_efficiency / self.slowdown
+
     def product(self, work: Product) -> tuple[float, float]:
         """Forward and backward seconds: arithmetic, and the operands' way through memory on top of it.
 
         Adding both is what makes narrow products slow (few rows for each expert: its weights are read for little). The
         backward pass is two products, of which the one for the weights adds to fp32 gradients.
         """
+        if work.units:
+            return self._product_in_fp8(work)
         size = BYTES[self.dtype]
         arithmetic = work.flops / self.product_rate
         rows = work.rows * (work.inner + work.columns) * size
@@ -147,6 +181,30 @@ class Machine:
         forward = arithmetic + work.calls * (rows + weights * size) / self.memory_rate
         of_weights = arithmetic + work.calls * (rows + 2.0 * weights * GRADIENT_BYTES) / self.memory_rate
         return forward, forward + of_weights
+
+    def _product_in_fp8(self, work: Product) -> tuple[float, float]:
+        """The same of rounded operands, each of which is read at its own size; rounding them is ``rounding``.
+
+        The gradient of a matrix is a tensor in the run's format, which is added to the fp32 one afterwards.
+        """
+        result = BYTES[self.dtype]
+        operand, rate = (1, self.fp8_product_rate) if work.units == "fp8" else (GRADIENT_BYTES, self.turned_back_rate)
+        if work.units != "fp8":
+            result += 2 * GRADIENT_BYTES  # written in fp32, read, and written in the run's format
+        arithmetic = work.flops / rate
+        inputs, outputs = work.rows * work.inner, work.rows * work.columns
+        weights = work.inner * work.columns
+        of_output = (inputs + weights) * operand + outputs * result
+        of_input = (outputs + weights) * operand + inputs * result
+        of_weights = (outputs + inputs) * operand + weights * (result + BYTES[self.dtype] + 2 * GRADIENT_BYTES)
+        forward, first, second = (
+            arithmetic + work.calls * moved / self.memory_rate for moved in (of_output, of_input, of_weights)
+        )
+        return forward, first + second
+
+    def rounding(self, work: Rounding) -> tuple[float, float]:
+        """Forward and backward seconds of rounding."""
+        return self.glue(work.forward_bytes), self.glue(work.backward_bytes)
 
     def attention(self, work: Attention) -> tuple[float, float]:
         """Forward and backward seconds of a fused kernel; the backward one does 2.5 times the products.

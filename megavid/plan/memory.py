@@ -18,6 +18,7 @@ from megavid.plan.activations import (
     working_bytes,
 )
 from megavid.plan.buffers import totals_of_rank
+from megavid.plan.fp8 import history_bytes
 from megavid.plan.hardware import Hardware
 from megavid.plan.layout import FAST_DOMAIN, Layout, layers_of_chunk, microbatches_of_step
 from megavid.plan.workload import Workload
@@ -125,9 +126,8 @@ def memory_of(
             "activations": activations,
             "dispatcher": dispatcher,
             "context_parallel": context,
-            # Copies of matrices in FP8. None is kept, under any precision.fp8: a matrix is rounded again for each
-            # product, and histories are a few numbers. Inputs that are kept in FP8 are counted at their wide size.
-            "fp8": 0,
+            # No copy of a matrix is kept in eight bits; inputs that are kept so are activations.
+            "fp8": history_bytes(config, layout, pp_rank),
             "communicators": communicator_bytes(config, layout, domain),
             "cuda_context": CUDA_CONTEXT_BYTES,
             "allocator_slack": round(SLACK * (activations + dispatcher + context)),

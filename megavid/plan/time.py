@@ -9,18 +9,20 @@ import math
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import resources
 
 from megavid.config.schema import ModelConfig, RunConfig
-from megavid.plan.activations import Shapes, layers_of_stage
 from megavid.plan.buffers import buckets_of_rank
 from megavid.plan.calibration import Calibration
 from megavid.plan.critical_path import Schedule, Stage, StepTime, step_time_of
 from megavid.plan.flops import expert_rows, model_flops
+from megavid.plan.fp8 import fp8_layers_of_stage, rounding_bytes, units_of
 from megavid.plan.hardware import Hardware
-from megavid.plan.kernels import Attention, Beside, Exchange, Machine, Product
+from megavid.plan.kernels import BYTES, Attention, Beside, Exchange, Machine, Product, Rounding
 from megavid.plan.layout import Layout, microbatches_of_step
+from megavid.plan.shapes import Shapes, layers_of_stage
 from megavid.plan.traffic import Transfer, traffic_of
 from megavid.plan.workload import Workload
 
@@ -63,10 +65,10 @@ def mfu(config: RunConfig, layout: Layout, workload: Workload, hardware: Hardwar
 def not_counted(config: RunConfig) -> tuple[str, ...]:
     """What of a run the predicted step time leaves out, in words."""
     notes = []
-    if config.precision.fp8 != "off":
+    if config.precision.linears != "native":
         notes.append(
-            f"precision.fp8 = '{config.precision.fp8}' is not counted: memory and step time are those without it, as "
-            "products in FP8 were not measured on a GPU yet (docs/fp8.md)"
+            f"precision.linears = '{config.precision.linears}' is not counted: step time and memory are those of 'native' "
+            "(docs/fp8.md)"
         )
     if config.train.ops == "compiled":
         notes.append(
@@ -90,8 +92,12 @@ def peak_dtype(config: RunConfig, hardware: Hardware) -> str:
 
 
 def stages_of(config: RunConfig, layout: Layout, workload: Workload, hardware: Hardware) -> tuple[Stage, ...]:
-    """The first, the middle and the last pipeline stage: every other one is like the middle one, or lighter."""
-    ranks = dict.fromkeys((0, min(1, layout.pp - 1), layout.pp - 1))
+    """The first, the middle and the last pipeline stage: every other one is like the middle one, or lighter.
+
+    All of them in FP8, which blocks at both ends stay out of.
+    """
+    is_fp8 = config.precision.fp8 != "off"
+    ranks = range(layout.pp) if is_fp8 else dict.fromkeys((0, min(1, layout.pp - 1), layout.pp - 1))
     return tuple(_stage(config, layout, workload, hardware, pp_rank) for pp_rank in ranks)
 
 
@@ -106,8 +112,11 @@ def _stage(config: RunConfig, layout: Layout, workload: Workload, hardware: Hard
     exchanges = traffic_of(config, layout, pp_rank, workload, hardware.nvlink_domain)
     layers = dense + moe
     repeated = 1 + (1 / 3 if again else 0.0)  # a third of the operators belongs to the forward pass
+    products = _products(config, layout, workload, shapes, pp_rank, (dense, moe))
+    products, roundings = _in_fp8(config, layout, hardware, products, pp_rank, (dense, moe))
     return Stage(
-        products=_products(config, layout, workload, shapes, pp_rank, (dense, moe)),
+        products=products,
+        roundings=roundings,
         attention=_attention(config, layout, workload, layers),
         glue_bytes=_glue_bytes(config.model, shapes, counts, dense, moe),
         recompute=again,
@@ -164,6 +173,39 @@ def _products(
     return tuple(found)
 
 
+FP8_PARTS = ("projections", "dense_ffn", "experts", "shared_expert")
+"""Parts whose products are in FP8; of the projections not those of captions and images."""
+
+
+def _in_fp8(
+    config: RunConfig,
+    layout: Layout,
+    hardware: Hardware,
+    products: tuple[Product, ...],
+    pp_rank: int,
+    layers: tuple[int, int],
+) -> tuple[tuple[Product, ...], tuple[Rounding, ...]]:
+    """The same products with those of the stage's layers in FP8 apart, and the rounding of their operands."""
+    units = units_of(config.precision, hardware)
+    if not units:
+        return products, ()
+    dense, moe = fp8_layers_of_stage(config, layout, pp_rank)
+    shares = dict.fromkeys(FP8_PARTS, moe / max(1, layers[1]))
+    shares |= {"dense_ffn": dense / max(1, layers[0]), "projections": (dense + moe) / sum(layers)}
+    found, roundings = [], []
+    for work in products:
+        share = shares.get(work.part, 0.0) * (not work.is_of_prompt)
+        if share == 0.0:
+            found.append(work)
+            continue
+        narrow = replace(work, calls=work.calls * share, units=units)
+        found += [narrow, *([replace(work, calls=work.calls * (1 - share))] if share < 1 else [])]
+        sizes = (work.rows * work.inner, work.inner * work.columns, work.rows * work.columns)
+        moved = rounding_bytes(config.precision, units, sizes, BYTES[config.precision.dtype])
+        roundings.append(Rounding(work.part, narrow.calls * moved[0], narrow.calls * moved[1]))
+    return tuple(found), tuple(roundings)
+
+
 def _projections(model: ModelConfig, shapes: Shapes) -> tuple[Product, ...]:
     """The matrices of both attentions of one block: q, k and v are one product, k and v of the text another, k and v of
     images a third."""
@@ -174,7 +216,7 @@ def _projections(model: ModelConfig, shapes: Shapes) -> tuple[Product, ...]:
         Product("projections", span, width, width / tp),
     )
     prompts = (float(shapes.clips * tokens) for tokens in (model.text_length, model.image_tokens) if tokens)
-    return (*found, *(Product("projections", tokens, width, 2 * width / tp) for tokens in prompts))
+    return (*found, *(Product("projections", tokens, width, 2 * width / tp, is_of_prompt=True) for tokens in prompts))
 
 
 def _experts(model: ModelConfig, layout: Layout, shapes: Shapes, clips: tuple[int, ...]) -> tuple[Product, ...]:
@@ -196,7 +238,7 @@ def _pair(part: str, rows: float, width: float, hidden: float, widening: int) ->
 
 
 def _times(work: Product, count: float) -> Product:
-    return Product(work.part, work.rows, work.inner, work.columns, work.calls * count)
+    return replace(work, calls=work.calls * count)
 
 
 def _attention(config: RunConfig, layout: Layout, workload: Workload, layers: int) -> tuple[Attention, ...]:

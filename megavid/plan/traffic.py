@@ -21,7 +21,8 @@ pp         activations to the next stage, gradients to the one before
 dp         gradients (reduce_scatter) and weights (all_gather) over dp x cp
 edp        the same of experts
 embedders  gradients of what every stage holds, over pp
-scalars    loss, gradient norm, counts and routing statistics
+amax       largest magnitudes of operands in FP8 under ``tensorwise``, over the ranks that share a layer's scales
+scalars    loss, gradient norm, counts and routing statistics, histories of FP8
 =========  ==========================================================================================================
 
 The flex dispatcher is taken for all-to-alls of the same rows.
@@ -31,10 +32,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavid.config.schema import ModelConfig, RunConfig
-from megavid.plan.activations import Shapes, layers_of_stage
 from megavid.plan.buffers import buckets_of_rank, chunk_parameters
 from megavid.plan.context import exchange_bytes
+from megavid.plan.fp8 import FIGURES, fp8_layers_of_stage, scaled_layers
 from megavid.plan.layout import Layout, microbatches_of_step
+from megavid.plan.shapes import Shapes, layers_of_stage
 from megavid.plan.workload import Workload
 
 Fabric = Literal["nvlink", "network", "none"]
@@ -130,6 +132,7 @@ class _Step:
             "ep": (layout.ep, expert),
             "tp_ep": (expert, expert),
             "edp": (layout.edp, expert * layout.edp),
+            "stage": (layout.world_size // layout.pp, layout.world_size // layout.pp),
             "world": (layout.world_size, layout.world_size),
         }
 
@@ -175,6 +178,7 @@ class _Step:
         if moe:
             self._router(moe * self.microbatches)
             self._dispatch(moe * self.microbatches)
+        self._amaxes()
 
     def _attention(self, calls: int) -> None:
         """Norms across heads, and gradients of captions and images, which every tensor-parallel rank holds whole."""
@@ -187,22 +191,27 @@ class _Step:
 
     def _around_matrices(self, dense: int, moe: int, *, has_shared: bool) -> None:
         """Column-parallel matrices gather tokens, row-parallel ones scatter sums; without sequence parallelism both
-        are all-reduces, of gradients and of sums. Of a column-parallel matrix's gradient, one product hides each call.
+        are all-reduces, of gradients and of sums. Of a column-parallel matrix's gradient, one product hides each call;
+        in FP8 none does, and the tokens that it has gathered are kept.
         """
         pairs = 3 * dense + (3 if has_shared else 2) * moe
+        fp8_dense, fp8_moe = fp8_layers_of_stage(self.config, self.layout, self.pp_rank)
+        narrow = (3 * fp8_dense + (3 if has_shared else 2) * fp8_moe) * self.microbatches
         # The shared expert is not the end of its branch.
         inside = moe if has_shared else 0
         again = pairs * self.last_forwards + inside * (self.forwards - self.last_forwards)
         size = self.shapes.own * self.model.hidden_size * self.shapes.narrow
         if not self.layout.sequence:
             self.reduce("tp", "tp", again, size)
-            self.reduce("tp", "tp", pairs, size, is_overlapped=True)
+            self.reduce("tp", "tp", pairs - narrow, size, is_overlapped=True)
+            self.reduce("tp", "tp", narrow, size)
             return
         self.gather("tp", "tp", pairs * self.forwards, size)
         self.scatter("tp", "tp", again, size)
         self.gather("tp", "tp", pairs, size)  # gradients of row-parallel matrices' outputs
-        self.gather("tp", "tp", pairs, size, is_overlapped=True)
-        self.scatter("tp", "tp", pairs, size, is_overlapped=True)
+        self.gather("tp", "tp", pairs - narrow, size, is_overlapped=True)
+        self.scatter("tp", "tp", pairs - narrow, size, is_overlapped=True)
+        self.scatter("tp", "tp", narrow, size)
 
     def _context(self, calls: int) -> None:
         """Tokens for heads and back, and the ring; the ring overlaps, the rest does not."""
@@ -272,6 +281,15 @@ class _Step:
         self.gather("etp", "etp", calls * self.forwards, rows * WIDE)
         self.scatter("etp", "etp", calls, rows * WIDE)
 
+    def _amaxes(self) -> None:
+        """Of each layer in FP8 those of the input and the matrix forward, of the gradient backward."""
+        if self.config.precision.fp8 != "tensorwise":
+            return
+        linears, experts = scaled_layers(self.config, *fp8_layers_of_stage(self.config, self.layout, self.pp_rank))
+        for group, layers in (("tp_cp", linears), ("tp_ep", experts)):
+            self.reduce("amax", group, layers * self.microbatches * self.forwards, 2 * WIDE)
+            self.reduce("amax", group, layers * self.microbatches, WIDE)
+
     def ends(self) -> None:
         """The velocity of all tokens, on every tensor-parallel rank of the last stage."""
         if self.layout.sequence and self.pp_rank == self.layout.pp - 1:
@@ -308,6 +326,9 @@ class _Step:
         self.reduce("scalars", "dp_cp", 1, INDEX)  # loss
         self.reduce("scalars", "pp", 1, INDEX)
         self.reduce("scalars", "world", 1, WIDE)  # gradient norm
+        if self.config.precision.fp8 == "delayed":
+            layers = sum(scaled_layers(self.config, *fp8_layers_of_stage(self.config, self.layout, self.pp_rank)))
+            self.reduce("scalars", "stage", 1, layers * FIGURES * WIDE)
         statistics = NOISE_BUCKETS * (2 * self.model.moe.num_experts + 3) + 2
         self.reduce("scalars", "dp_cp", moe, statistics * INDEX)
         if self.layout.sequence:

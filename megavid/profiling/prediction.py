@@ -11,6 +11,7 @@ from typing import Any
 from megavid.config.schema import RunConfig
 from megavid.plan.calibration import Calibration
 from megavid.plan.flops import PARTS
+from megavid.plan.fp8 import fp8_notes
 from megavid.plan.hardware import Hardware
 from megavid.plan.layout import Layout
 from megavid.plan.time import not_counted, step_time
@@ -27,7 +28,7 @@ DATA = "communication: data"
 JOINED: Mapping[str, str] = {
     "tensor": "communication: tensor", "context": "communication: context", "expert": "communication: expert",
     "imbalance": "communication: expert", "data": DATA,
-    "pipeline": "pipeline and bubble", "bubble": "pipeline and bubble",
+    "pipeline": "pipeline and bubble", "bubble": "pipeline and bubble", "rounding": "glue",
 }  # fmt: skip
 """Where the planner's parts stand. What a measurement cannot tell apart is one: a wait for a stage is transfer and
 bubble, a wait in the experts' exchange is transfer and imbalance."""
@@ -76,7 +77,7 @@ def prediction_rows(
         "machine": machine[0].name,
         "calibration": machine[1].name,
         "workload": workload.name,
-        "notes": list(not_counted(config)),
+        "notes": [*not_counted(config), *fp8_notes(config, *machine)],
         "parts": [whole, *rows],
     }
 

@@ -187,6 +187,7 @@ def start_of(kernels: Kernels, links: Links, name: str) -> Calibration:
     return Calibration(
         name=name,
         matrix_efficiency=1.0,
+        fp8_matrix_ratio=1.0,
         attention_efficiency=best_attention / kernels.product_rate,
         attention_backward_ratio=kernels.backward_ratio,
         attention_half_keys=half,
@@ -211,7 +212,7 @@ def start_of(kernels: Kernels, links: Links, name: str) -> Calibration:
             "attention_backward_ratio": measured, "attention_half_keys": measured, "alltoall_efficiency": measured,
             "nvlink_latency_s": measured, "network_latency_s": measured, "memory_efficiency": given,
             "network_efficiency": given, "nvlink_efficiency": given, "crowding": measured, "calls": measured,
-            "ring_efficiency": "1.0: timed in no probe",
+            "ring_efficiency": "1.0: timed in no probe", "fp8_matrix_ratio": "1.0: timed in no probe",
             "estimated_glue_factor": "1.0: bytes are counted, not estimated", "stall_s": "0: operators run in order",
             "expert_overlap": "0: nothing runs beside computation", "routing_imbalance": "1.0: in no probe",
         },

@@ -216,7 +216,9 @@ def axis_of(call: Call) -> str:
     """What a call is for, in the plan's words."""
     if call.dtype == "float64" or call.group == "intra_dist_opt":
         return "scalars"
+    if call.operation == "all_reduce" and call.dtype == "float32" and call.shape in ((1,), (2,)):
+        return "amax"
     if call.group == "pp":
         return "embedders" if call.operation == "all_reduce" else "pp"
-    axes = {"dp_cp": "dp", "tp_ep": "ep", "tp_cp": "ep", "ulysses": "cp", "ring": "cp"}
+    axes = {"dp_cp": "dp", "tp_ep": "ep", "tp_cp": "ep", "ulysses": "cp", "ring": "cp", "tp_dp_cp": "scalars"}
     return axes.get(call.group, call.group)

@@ -58,6 +58,8 @@ class Case:
         packs: packs of the microbatch.
         ops: ``train.ops``.
         lora: fields of ``LoraConfig``.
+        fp8: ``precision.fp8``.
+        fp8_skip: blocks at each end that stay out of it.
     """
 
     family: str = "wan"
@@ -70,6 +72,8 @@ class Case:
     packs: int = 1
     ops: str = "reference"
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fp8: str = "off"
+    fp8_skip: int = 1
 
     @property
     def config(self) -> RunConfig:
@@ -81,6 +85,9 @@ class Case:
             config,
             model=replace(config.model, **self.model),
             train=replace(config.train, ops=self.ops),
+            precision=replace(
+                config.precision, fp8=self.fp8, fp8_skip_first=self.fp8_skip, fp8_skip_last=self.fp8_skip
+            ),
             data=DataConfig(pack_tokens=self.pack_tokens),
         )
 

@@ -94,11 +94,20 @@ def test_hfu_is_above_mfu_by_what_is_computed_again() -> None:
     assert full.hfu / full.mfu == pytest.approx(4 / 3, abs=0.01)
 
 
-def test_fp8_is_said_not_to_be_counted() -> None:
-    plain, narrow = (plan("wan_1b", 8, "--precision.fp8", kind) for kind in ("off", "blockwise"))
-    assert (narrow.time.total, narrow.memory.total) == (plain.time.total, plain.memory.total)
-    assert [note for note in plain.notes if "fp8" in note] == []
-    assert any("precision.fp8 = 'blockwise' is not counted" in note for note in narrow.notes)
+def test_fp8_is_planned_as_what_it_runs_on_and_says_what_it_assumes() -> None:
+    plain, narrow, tiles = (
+        plan("wan_14b", 64, "--parallel.tensor", "4", "--precision.fp8", kind)
+        for kind in ("off", "tensorwise", "blockwise")
+    )
+    assert narrow.time.parts["dense_ffn"] < plain.time.parts["dense_ffn"] < tiles.time.parts["dense_ffn"]
+    assert tiles.time.total > 2 * plain.time.total
+    assert narrow.mfu == pytest.approx(plain.mfu * plain.time.total / narrow.time.total)  # of the bf16 peak, both
+    assert [[note for note in found.notes if "precision.fp8" in note] != [] for found in (plain, narrow)] == [
+        False,
+        True,
+    ]
+    assert any("an assumption: products in FP8 were not measured" in note for note in narrow.notes)
+    assert any("tiles' products are turned back to wide numbers" in note for note in tiles.notes)
 
 
 def test_compiled_ops_are_advised_where_they_are_off_and_said_not_to_be_timed_where_they_are_on() -> None:

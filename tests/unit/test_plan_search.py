@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megavid.config.load import load_run
-from megavid.config.schema import RunConfig
+from megavid.config.schema import PrecisionConfig, RunConfig
 from megavid.errors import ConfigError
 from megavid.plan.bounds import RECOMPUTE, STRATEGIES
 from megavid.plan.calibration import gpu_calibration
@@ -81,9 +81,11 @@ def test_the_best_is_the_best_of_everything(family: str, gib: float) -> None:
     assert all(candidate.answer.fits for candidate in fast.candidates)
 
 
-@pytest.mark.parametrize("family", ["wan", "wan_moe"])
-def test_no_bound_is_above_what_it_bounds(family: str) -> None:
-    config = small(family)
+@pytest.mark.parametrize(
+    ("family", "recipe"), [("wan", "off"), ("wan_moe", "off"), ("wan", "mxfp8"), ("wan_moe", "tensorwise")]
+)
+def test_no_bound_is_above_what_it_bounds(family: str, recipe: str) -> None:
+    config = replace(small(family), precision=PrecisionConfig(dtype="bf16", fp8=recipe))
     space = Space(config, Job(8, tight(1000), CALIBRATION, headroom=0.0), CLIP)
     points = space.points()
     memory_seen = 0

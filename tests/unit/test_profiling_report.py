@@ -202,11 +202,11 @@ def test_measured_seconds_stand_beside_the_part_that_is_predicted() -> None:
     assert pairs_chart(rows).count("<rect") == 2 * len(rows) - 1
 
 
-def test_a_profile_in_fp8_says_so_and_says_that_its_prediction_is_without() -> None:
+def test_a_profile_in_fp8_says_so_and_what_its_prediction_takes_it_for() -> None:
     config = load_run("tiny", ["--precision.dtype", "bf16", "--precision.fp8", "blockwise"])
     assert config.precision.describe() == "bf16, FP8 blockwise"
     machine = hardware("h100-80gb"), gpu_calibration()
     owners = {Owner("forward", "experts", "operators"): 1.0}
     table = prediction_rows(config, layout_of(config, 1), [[96] * 8], machine, owners, 9.0)
-    assert "precision.fp8 = 'blockwise' is not counted" in table["notes"][0]
-    assert "is not counted: memory and step time are those without it" in _prediction("real", table)
+    assert "precision.fp8 = 'blockwise': tiles' products are turned back to wide numbers" in table["notes"][0]
+    assert "turned back to wide numbers, and planned so" in _prediction("real", table)

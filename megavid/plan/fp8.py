@@ -1,0 +1,132 @@
+"""FP8 in the plan: which products of a stage are in eight bits and on what units, and the bytes that rounding moves.
+
+Owns what ``precision.fp8`` changes of a rank, in closed form; the layers are ``megavid.models.fp8``'s, the rounding is
+``megavid.ops.fp8``'s, operator by operator in plain torch, so an operator that is fused there changes its line here.
+Time and memory that follow are ``kernels``' and ``activations``'.
+"""
+
+from typing import Literal
+
+from megavid.config.schema import PrecisionConfig, RunConfig
+from megavid.plan.calibration import Calibration
+from megavid.plan.hardware import Hardware
+from megavid.plan.layout import Layout, layers_of_chunk
+
+Units = Literal["", "fp8", "turned back"]
+"""What multiplies: "" as without FP8; "fp8" units for eight bits; wide ones, of numbers that were turned back."""
+TILED = {"blockwise": 128, "mxfp8": 32}
+"""Recipes whose scales belong to tiles: numbers along the sum that share one."""
+TILE_SHARE = 1 / 32
+"""Bytes of scales for each number that is kept: four for 128 (blockwise), one for 32 (mxfp8)."""
+WIDE = 4
+FIGURES = 3
+"""Operands of a layer, each with a history and a latest magnitude, fp32."""
+
+READ_AMAX = 3
+"""Bytes that finding the largest magnitude moves, in units of the number's: abs reads and writes, amax reads."""
+SCALE_AND_CUT = 5
+"""And scaling, cutting to the largest number and casting: two times reading and writing, reading; then one byte."""
+TO_TILES = 2
+"""And copying to whole tiles."""
+IN_ORDER = 2
+"""Bytes for each number in eight bits whose rows are brought one after the other, as GPUs' products want them."""
+TURN_BACK_ONE, TURN_BACK_TILES = 13, 21
+"""Bytes that turning a number back to fp32 moves: cast (5) and product with one scale (8); with tiles' scales each
+number's scale is written (4) and read (4) besides."""
+
+
+def fp8_layers_of_stage(config: RunConfig, layout: Layout, pp_rank: int) -> tuple[int, int]:
+    """Dense and expert layers of a stage, all its chunks, that are in FP8: those that the ends do not skip."""
+    model = config.model
+    layers = [i for chunk in range(layout.vpp) for i in layers_of_chunk(model, layout, pp_rank, chunk)]
+    inside = [layer for layer in layers if config.precision.is_fp8_layer(layer, model.num_layers)]
+    moe = sum(model.is_moe_layer(layer) for layer in inside)
+    return len(inside) - moe, moe
+
+
+def scaled_layers(config: RunConfig, dense: int, moe: int) -> tuple[int, int]:
+    """Layers with scales of their own in so many dense and expert blocks: linears, and experts' stacks of matrices."""
+    sizes = config.model.moe
+    shared = 2 if sizes.shared_ffn_size else 0
+    # Of attention q, k and v as one, out, q to the prompts, out; up and down of a dense feed-forward.
+    return 6 * dense + (4 + shared) * moe, (3 if sizes.activation == "swiglu" else 2) * moe
+
+
+def history_bytes(config: RunConfig, layout: Layout, pp_rank: int) -> int:
+    """Bytes of histories and of what was largest in the step at hand."""
+    steps = config.precision.fp8_history if config.precision.fp8 == "delayed" else 0
+    return sum(scaled_layers(config, *fp8_layers_of_stage(config, layout, pp_rank))) * FIGURES * (steps + 1) * WIDE
+
+
+def kept_bytes(precision: PrecisionConfig, rows: float, width: float, experts: int = 0) -> float:
+    """Bytes of an input of ``rows`` x ``width`` that is kept in eight bits along its rows, with its scales.
+
+    Args:
+        precision: of the run.
+        rows: tokens.
+        width: numbers of each.
+        experts: that share the rows, each with half a tile of padding in the mean; 0 for a dense layer.
+    """
+    tile = TILED.get(precision.fp8)
+    if tile is None:
+        return rows * width
+    padded = rows + experts * tile / 2 if experts else -(-rows // tile) * tile
+    return padded * width * (1 + TILE_SHARE)
+
+
+def units_of(precision: PrecisionConfig, hardware: Hardware) -> Units:
+    """What the products of layers in FP8 run on.
+
+    Tiles are turned back to wide numbers everywhere, and so are all recipes on GPUs without units for eight bits. A
+    machine that was probed has no rate of eight bits; its products are taken for as fast as wide ones.
+    """
+    if precision.fp8 == "off":
+        return ""
+    return "fp8" if precision.fp8 not in TILED and "fp8" in hardware.peak else "turned back"
+
+
+def rounding_bytes(
+    precision: PrecisionConfig, units: Units, operands: tuple[float, float, float], size: int
+) -> tuple[float, float]:
+    """Bytes that rounding and turning back move for a layer's three products, forward and backward.
+
+    Args:
+        precision: of the run.
+        units: that they run on, not "".
+        operands: numbers of the input, of the matrix and of the output's gradient.
+        size: bytes of one as it comes.
+    """
+    inputs, weights, gradients = operands
+    largest, rounding = READ_AMAX * size, SCALE_AND_CUT * size + 1
+    if precision.fp8 in TILED:
+        rounding += largest + TO_TILES * size
+        # The input and the gradient are rounded along both sides, the matrix once in each pass.
+        forward = 2 * inputs * rounding + weights * rounding
+        backward = 2 * gradients * rounding + weights * rounding
+        back = float(TURN_BACK_TILES)
+    else:
+        forward = (inputs + weights) * (largest + rounding)
+        backward = gradients * (largest + rounding) + weights * rounding
+        back = float(TURN_BACK_ONE)
+    if units == "fp8":
+        return forward, backward + IN_ORDER * (inputs + weights + gradients)
+    return forward + back * (inputs + weights), backward + back * (2 * gradients + weights + inputs)
+
+
+def fp8_notes(config: RunConfig, hardware: Hardware, calibration: Calibration) -> tuple[str, ...]:
+    """What the predicted step of a run in FP8 leans on, in words; nothing was measured on a GPU yet."""
+    name, units = config.precision.fp8, units_of(config.precision, hardware)
+    if units == "":
+        return ()
+    if units == "fp8":
+        share = calibration.matrix_efficiency * calibration.fp8_matrix_ratio
+        return (
+            f"precision.fp8 = '{name}': products are timed at {share:.0%} of the FP8 peak of {hardware.name}, "
+            f"{calibration.fp8_matrix_ratio:.2f} times the share that bf16 reaches of its own, an assumption: products "
+            "in FP8 were not measured on a GPU yet (docs/fp8.md)",
+        )
+    why = "tiles' products" if name in TILED else f"products in FP8 on {hardware.name}"
+    return (
+        f"precision.fp8 = '{name}': {why} are turned back to wide numbers, and planned so: slower than without FP8 "
+        "(docs/fp8.md)",
+    )

@@ -1,0 +1,175 @@
+"""FP8 in the plan: which products, on what units, what rounding moves, against arithmetic by hand and the operators."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megavid.config.load import load_run
+from megavid.config.schema import PrecisionConfig, RunConfig
+from megavid.ops.fp8 import E4M3, amax_of, dequantize, quantize, quantize_tiles, scale_of
+from megavid.plan.calibration import gpu_calibration
+from megavid.plan.fp8 import (
+    READ_AMAX,
+    SCALE_AND_CUT,
+    TO_TILES,
+    TURN_BACK_ONE,
+    TURN_BACK_TILES,
+    fp8_layers_of_stage,
+    history_bytes,
+    kept_bytes,
+    rounding_bytes,
+    units_of,
+)
+from megavid.plan.hardware import Hardware, hardware
+from megavid.plan.kernels import Machine, Product
+from megavid.plan.layout import Layout, layout_of
+from megavid.plan.memory import memory_of
+from megavid.plan.time import stages_of, step_time
+from megavid.plan.traffic import traffic_of
+from megavid.plan.workload import Workload, workload_of_clip
+from tests.support.flagship import PLAIN
+from tools.count_operators import OperatorCounter
+
+H100, A100, CALIBRATION = hardware("h100-80gb"), hardware("a100-80gb"), gpu_calibration()
+
+
+def planned(preset: str, world: int, recipe: str, *flags: str) -> tuple[RunConfig, Layout, Workload]:
+    config = load_run(preset, ["--precision.fp8", recipe, *flags])
+    workload = workload_of_clip(config, 81, 480, 832)
+    config = replace(config, data=replace(config.data, pack_tokens=workload.pack_tokens))
+    return config, layout_of(config, world), workload
+
+
+def test_a_product_in_fp8_by_hand() -> None:
+    """4,096 tokens x 5,120 x 5,120 in bf16 on an H100: FLOPs at the FP8 rate, operands a byte each, results two."""
+    machine = Machine(H100, CALIBRATION)
+    side, flops = 5120 * 5120, 2 * 4096 * 5120 * 5120
+    arithmetic = flops / (1978.9e12 * CALIBRATION.matrix_efficiency * CALIBRATION.fp8_matrix_ratio)
+    rate, rows = 3.35e12 * CALIBRATION.memory_efficiency, 4096 * 5120
+    forward, backward = machine.product(Product("dense_ffn", 4096, 5120, 5120, units="fp8"))
+    assert forward == pytest.approx(arithmetic + (rows + side + 2 * rows) / rate)
+    # Gradient of the input alike; of the matrix: written, read, and added to an fp32 number.
+    of_matrix = arithmetic + (2 * rows + side * (2 + 2 + 8)) / rate
+    assert backward == pytest.approx(forward + of_matrix)
+    wide = sum(machine.product(Product("dense_ffn", 4096, 5120, 5120)))
+    assert forward + backward < 0.8 * wide
+    assert sum(machine.product(Product("dense_ffn", 4096, 5120, 5120, units="turned back"))) > 8 * wide
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise", "mxfp8"])
+def test_units_are_those_that_the_products_run_on(recipe: str) -> None:
+    precision = PrecisionConfig(fp8=recipe)
+    cpu = Hardware(
+        name="cpu", peak={"fp32": 1e11}, memory_bytes=2**33, memory_rate=1e10, nvlink_rate=1e9, nvlink_domain=8,
+        network_rate=1e9,
+    )  # fmt: skip
+    has_tiles = recipe in ("blockwise", "mxfp8")
+    assert units_of(precision, H100) == ("turned back" if has_tiles else "fp8")
+    assert units_of(precision, A100) == units_of(precision, cpu) == "turned back"
+    assert units_of(PrecisionConfig(), H100) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounding_moves_what_its_operators_move(dtype: torch.dtype) -> None:
+    """Of a GPU: a CPU's way back from eight bits goes by a table, whose index is four bytes more."""
+    x, size = torch.randn(512, 1024).to(dtype), dtype.itemsize
+    with OperatorCounter() as largest:
+        scale = scale_of(amax_of(x), E4M3)
+    with OperatorCounter() as one:
+        rounded = quantize(x, scale, E4M3)
+    with OperatorCounter() as tiles:
+        in_tiles = quantize_tiles(x, (1, 128), E4M3)
+    assert largest.bytes / x.numel() == pytest.approx(READ_AMAX * size, rel=0.02)
+    assert one.bytes / x.numel() == pytest.approx(SCALE_AND_CUT * size + 1, rel=0.02)
+    expected = (READ_AMAX + SCALE_AND_CUT + TO_TILES) * size + 1
+    assert tiles.bytes / x.numel() == pytest.approx(expected, rel=0.05)
+    table = 1 + 4 + 4 + 4 - (1 + 4)  # index written and read, beside the cast
+    for kept, back in ((rounded, TURN_BACK_ONE), (in_tiles, TURN_BACK_TILES)):
+        with OperatorCounter() as widened:
+            dequantize(kept)
+        assert widened.bytes / x.numel() == pytest.approx(back + table, rel=0.05)
+
+
+def test_three_products_round_their_operands_this_often() -> None:
+    operands, size = (1000.0, 100.0, 10.0), 2
+    one, tile = 8 * size + 1, 10 * size + 1
+    forward, backward = rounding_bytes(PrecisionConfig(fp8="tensorwise"), "fp8", operands, size)
+    assert forward == 1100 * one
+    assert backward == 10 * one + 100 * (5 * size + 1) + 2 * 1110  # the matrix's scale is kept; all three in order
+    forward, backward = rounding_bytes(PrecisionConfig(fp8="mxfp8"), "turned back", operands, size)
+    assert forward == 2100 * tile + 1100 * 21
+    assert backward == (20 + 100) * tile + (2 * 10 + 100 + 1000) * 21
+
+
+def test_skipped_blocks_stay_wide() -> None:
+    flags = ("--parallel.pipeline", "4", "--precision.fp8_skip_first", "12", "--precision.fp8_skip_last", "1")
+    config, layout, workload = planned("wan_14b", 64, "tensorwise", "--parallel.tensor", "2", *flags)
+    assert [fp8_layers_of_stage(config, layout, stage) for stage in range(4)] == [(0, 0), (8, 0), (10, 0), (9, 0)]
+    for stage, count in zip(stages_of(config, layout, workload, H100), (0, 8, 10, 9), strict=True):
+        calls = {"": 0.0, "fp8": 0.0}
+        for work in stage.products:
+            if work.part == "dense_ffn":
+                calls[work.units] += work.calls
+        assert calls == pytest.approx({"": 2 * (10 - count), "fp8": 2 * count})
+        # Keys and values of captions are never in FP8.
+        assert all(work.units == "" for work in stage.products if work.is_of_prompt)
+
+
+@pytest.mark.parametrize("preset", ["wan_14b", "wan_moe_100b_a20b"])
+def test_products_are_faster_on_units_for_eight_bits_and_slower_turned_back(preset: str) -> None:
+    flags: tuple[str, ...] = (*PLAIN, "--train.global_batch_size", "1024") if "moe" in preset else ()
+    world = 1024 if "moe" in preset else 64
+    times = {}
+    for recipe in ("off", "tensorwise", "delayed", "blockwise", "mxfp8"):
+        plan = planned(preset, world, recipe, "--parallel.tensor", "4", *flags)
+        times[recipe] = step_time(*plan, H100, CALIBRATION)
+        assert ("rounding" in times[recipe].parts) == (recipe != "off")
+        slow = step_time(*plan, H100, CALIBRATION.with_numbers(fp8_matrix_ratio=0.4))
+        assert (slow.total > times[recipe].total) == (recipe in ("tensorwise", "delayed"))
+    for part in ("projections", "experts" if "moe" in preset else "dense_ffn"):
+        off, one, tiles = (times[recipe].parts[part] for recipe in ("off", "tensorwise", "mxfp8"))
+        assert 0.6 * off < one < 0.75 * off
+        assert tiles > 8 * off
+    assert times["tensorwise"].parts["self_attention"] == times["off"].parts["self_attention"]
+    # Delayed scales are known before the tensor is there: no rank waits for another's.
+    assert times["delayed"].total < times["tensorwise"].total < times["blockwise"].total
+    assert times["blockwise"].parts == times["mxfp8"].parts
+
+
+def test_kept_inputs_are_a_byte_a_number_and_whole_tiles() -> None:
+    assert kept_bytes(PrecisionConfig(fp8="delayed"), 100, 64) == 6400
+    assert kept_bytes(PrecisionConfig(fp8="blockwise"), 100, 64) == 128 * 64 * 33 / 32
+    assert kept_bytes(PrecisionConfig(fp8="mxfp8"), 100, 64) == 128 * 64 * 33 / 32
+    assert kept_bytes(PrecisionConfig(fp8="mxfp8"), 100, 64, experts=4) == (100 + 4 * 16) * 64 * 33 / 32
+
+
+def test_kept_inputs_take_less_memory_than_wide_ones_without_sequence_parallelism() -> None:
+    kept = {}
+    for recipe in ("off", "tensorwise"):
+        for tensor in ("1", "8"):
+            flags = ("--parallel.tensor", tensor, "--parallel.recompute", "none")
+            config, layout, workload = planned("wan_14b", 64, recipe, *flags)
+            kept[recipe, tensor] = memory_of(config, layout, 0, workload).parts["activations"]
+    assert kept["tensorwise", "1"] < kept["off", "1"]
+    # Eight ranks' gathered tokens in eight bits are more than one rank's in bf16.
+    assert kept["tensorwise", "8"] > kept["off", "8"]
+
+
+def test_histories_are_counted() -> None:
+    config, layout, workload = planned("wan_14b", 64, "delayed")
+    # 38 blocks of six layers, three operands, sixteen steps and the one at hand.
+    assert history_bytes(config, layout, 0) == 38 * 6 * 3 * 17 * 4
+    assert memory_of(config, layout, 0, workload).parts["fp8"] == history_bytes(config, layout, 0)
+
+
+def test_amaxes_travel_under_tensorwise_in_each_pass_and_under_delayed_once() -> None:
+    found = {}
+    for recipe in ("off", "tensorwise", "delayed", "mxfp8"):
+        config, layout, workload = planned("wan_14b", 64, recipe)
+        transfers = traffic_of(config, layout, 0, workload, 8)
+        found[recipe] = {(t.axis, t.group_size): t.calls for t in transfers if t.operation == "all_reduce"}
+    # Forward, forward again under full recomputation, and backward, of 38 x 6 layers and 8 microbatches.
+    assert found["tensorwise"] == {**found["off"], ("amax", 8): 38 * 6 * 8 * 3}
+    assert found["delayed"] == {**found["off"], ("scalars", 64): found["off"]["scalars", 64] + 1}
+    assert found["mxfp8"] == found["off"]
