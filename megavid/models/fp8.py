@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavid.config.schema import PrecisionConfig
-from megavid.ops.fp8 import LARGEST, Quantized, amax_of, dequantize, scale_of
+from megavid.ops.fp8 import LARGEST_BYTE, Quantized, amax_of, dequantize, scale_of
 from megavid.ops.fp8_linear import ROLES, Recipe, Role, fp8_linear
 from megavid.parallel import mcore
 
@@ -81,7 +81,7 @@ class Fp8Scaling(nn.Module):
             return
         wide, became = x.float(), dequantize(rounded)
         is_nonzero = wide != 0
-        is_cut = rounded.data.float().abs() >= LARGEST[rounded.data.dtype]
+        is_cut = (rounded.data.view(torch.uint8) & 0x7F) == LARGEST_BYTE[rounded.data.dtype]
         sums = (
             is_nonzero.sum(),
             (is_nonzero & (became == 0)).sum(),

@@ -17,6 +17,8 @@ from torch import Tensor
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 """Largest finite number of each format; what is larger is set to it."""
+LARGEST_BYTE = {E4M3: 0x7E, E5M2: 0x7B}
+"""Its byte, without the sign."""
 RELATIVE_ERROR = {E4M3: 2.0**-4, E5M2: 2.0**-3}
 """Largest rounding error of a number in the normal range, relative to itself: half a step of its mantissa."""
 ABSOLUTE_ERROR = {E4M3: 2.0**-10, E5M2: 2.0**-17}

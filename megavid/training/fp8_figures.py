@@ -3,7 +3,7 @@
 Owns the steps at which layers are watched, and the figures' way to every rank. The sums are ``megavid.models.fp8``'s.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ def figures_of(engine: "Engine[Any]") -> Fp8Figures:
     sums = torch.stack([s.kept for s in scalings if s.kept is not None]) if scalings else empty
     sums = engine.mesh.sum(sums, over="tp_dp_cp").cpu()
     mine = {
-        scaling.name: {role: _rounding(row) for role, row in zip(ROLES, rows.tolist())}
+        scaling.name: {role: rounding_of(row) for role, row in zip(ROLES, rows.tolist())}
         for scaling, rows in zip(scalings, sums)
     }
     joined: dict[str, dict[Role, Rounding]] = {}
@@ -87,7 +87,8 @@ def rounding_rows(figures: Fp8Figures) -> dict[str, dict[str, dict[str, float]]]
     return {name: {role: row._asdict() for role, row in layer.items()} for name, layer in figures.items()}
 
 
-def _rounding(sums: list[float]) -> Rounding:
+def rounding_of(sums: Sequence[float]) -> Rounding:
+    """Figures from the sums of one operand, ``megavid.models.fp8.FIGURES``."""
     numbers, underflow, overflow, error, size = sums
     count = max(numbers, 1.0)
     relative = (error / size) ** 0.5 if size > 0 else 0.0

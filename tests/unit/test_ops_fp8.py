@@ -12,6 +12,7 @@ from megavid.ops.fp8 import (
     E5M2,
     E8M0,
     LARGEST,
+    LARGEST_BYTE,
     RELATIVE_ERROR,
     Quantized,
     amax_of,
@@ -89,6 +90,11 @@ def test_scales_are_powers_of_two_just_above_what_is_needed() -> None:
         assert (amax / scale >= largest / 2).all()
     assert torch.equal(scale_of(torch.tensor([0.0]), E4M3), torch.ones(1))
     assert scale_of(torch.tensor([torch.inf, torch.nan]), E4M3).isnan().all()
+
+
+def test_the_byte_of_the_largest_number_is_its_own() -> None:
+    for dtype, largest in LARGEST.items():
+        assert torch.tensor([LARGEST_BYTE[dtype]], dtype=torch.uint8).view(dtype).float().item() == largest
 
 
 def test_another_scale_rounds_normal_numbers_to_the_same_values() -> None:
