@@ -156,7 +156,7 @@ def page_of(folder: Path) -> list[str]:
         lines.append(f"| {name} | {status} | {seconds} |")
     lines += [
         "",
-        "Shares are of the ceiling in bf16, for steps in FP8 too; what is planned does not count FP8.",
+        "Shares are of the ceiling in bf16, for steps in FP8 too.",
         "",
         "| training step | precision | routing | attention | `train.ops` | step, s (least) | TFLOP/s | of the ceiling "
         "| reserved, GiB | planned, GiB |",

@@ -67,8 +67,8 @@ def not_counted(config: RunConfig) -> tuple[str, ...]:
     notes = []
     if config.precision.linears != "native":
         notes.append(
-            f"precision.linears = '{config.precision.linears}' is not counted: step time and memory are those of 'native' "
-            "(docs/fp8.md)"
+            f"precision.linears = '{config.precision.linears}' is not counted: step time and memory are those of "
+            "'native' (docs/fp8.md)"
         )
     if config.train.ops == "compiled":
         notes.append(
