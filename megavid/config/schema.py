@@ -165,6 +165,8 @@ class PrecisionConfig:
     128 or by 32 numbers; attention itself, norms, modulation, router, embedders and head stay out."""
     fp8_gradients: Literal["auto", "e4m3", "e5m2"] = "auto"
     """Format of gradients; auto: e5m2 where one scale serves a tensor (tensorwise, delayed), else e4m3."""
+    fp8_experts: Literal["same", "nvfp4"] = "same"
+    """Products of routed experts: as fp8 says, or in NVFP4, an experiment in its numerics that is slower."""
     fp8_skip_first: int = 1
     """Blocks at the beginning that stay out of FP8."""
     fp8_skip_last: int = 1
@@ -179,6 +181,7 @@ class PrecisionConfig:
     def describe(self) -> str:
         """The number formats, in words."""
         fp8 = "" if self.fp8 == "off" else f", FP8 {self.fp8}"
+        fp8 += "" if self.fp8_experts == "same" else f", experts {self.fp8_experts}"
         return self.dtype + fp8 + (", linears of Transformer Engine" if self.linears == "transformer_engine" else "")
 
     def is_fp8_layer(self, layer: int, num_layers: int) -> bool:

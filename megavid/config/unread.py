@@ -52,6 +52,11 @@ READERS = (
         lambda run: run.precision.fp8 != "off",
         "a recipe of precision.fp8",
     ),
+    Reader(
+        ("precision.fp8_experts",),
+        lambda run: run.precision.fp8 != "off" and run.model.family == "wan_moe",
+        "a recipe of precision.fp8 and model.family = 'wan_moe'",
+    ),
     Reader(("precision.fp8_history",), lambda run: run.precision.fp8 == "delayed", "precision.fp8 = 'delayed'"),
     Reader(("lora.alpha", "lora.targets"), lambda run: run.lora.rank > 0, "lora.rank above 0"),
     Reader(

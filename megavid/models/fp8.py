@@ -98,11 +98,13 @@ class Fp8Build:
 
     Attributes:
         recipe: how operands are scaled.
+        experts: likewise, of routed experts.
         history_steps: steps that a delayed scale looks back.
         device: of histories.
     """
 
     recipe: Recipe
+    experts: Recipe
     history_steps: int
     device: torch.device
 
@@ -111,11 +113,14 @@ class Fp8Build:
         """The record of a run; None where it has no FP8."""
         if precision.fp8 == "off":
             return None
-        return cls(Recipe.of(precision.fp8, precision.fp8_gradients), precision.fp8_history, device)
+        recipe = Recipe.of(precision.fp8, precision.fp8_gradients)
+        experts = recipe if precision.fp8_experts == "same" else Recipe.of(precision.fp8_experts, "e4m3")
+        return cls(recipe, experts, precision.fp8_history, device)
 
-    def scaling(self, name: str, group: dist.ProcessGroup) -> Fp8Scaling:
+    def scaling(self, name: str, group: dist.ProcessGroup, *, is_expert: bool = False) -> Fp8Scaling:
         """Scales of the layer ``name``, shared by the ranks of ``group``."""
-        return Fp8Scaling(self.recipe, name, group, self.history_steps, self.device)
+        recipe = self.experts if is_expert else self.recipe
+        return Fp8Scaling(recipe, name, group, self.history_steps, self.device)
 
 
 class Fp8ColumnLinear(mcore.ColumnParallelLinear):  # type: ignore[misc]  # megatron-core has no type stubs

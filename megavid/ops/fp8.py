@@ -9,6 +9,7 @@ capability 8.9 and up. Operands with tiles are turned back into wide numbers and
 everywhere and no faster than a wide product: torch 2.13 has their product on some GPUs only, and it was not tried.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,14 +104,23 @@ def quantize_tiles(
         dtype: ``E4M3`` or ``E5M2``.
         scale_dtype: fp32, or ``E8M0``, which holds a power of two in a byte.
     """
+    tiles = cut_into_tiles(x, tile)
+    scale = scale_of(tiles.abs().amax((-3, -1)), dtype)
+    inverse = scale.reciprocal().to(x.dtype).unsqueeze(-1).unsqueeze(-3)
+    return Quantized(joined_tiles(_rounded(tiles * inverse, dtype), x.shape[-2:]), scale.to(scale_dtype), tile)
+
+
+def cut_into_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
+    """[..., rows, columns] as [..., tiles down, tile rows, tiles across, tile columns], zeros behind the edges."""
     rows, columns = x.shape[-2:]
     padded = torch.nn.functional.pad(x, (0, -columns % tile[1], 0, -rows % tile[0]))
     down, across = padded.shape[-2] // tile[0], padded.shape[-1] // tile[1]
-    tiles = padded.reshape(*x.shape[:-2], down, tile[0], across, tile[1])
-    scale = scale_of(tiles.abs().amax((-3, -1)), dtype)
-    inverse = scale.reciprocal().to(x.dtype).unsqueeze(-1).unsqueeze(-3)
-    data = _rounded(tiles * inverse, dtype).flatten(-2).flatten(-3, -2)
-    return Quantized(data[..., :rows, :columns], scale.to(scale_dtype), tile)
+    return padded.reshape(*x.shape[:-2], down, tile[0], across, tile[1])
+
+
+def joined_tiles(tiles: Tensor, size: Sequence[int]) -> Tensor:
+    """The reverse of ``cut_into_tiles``, of a tensor of ``size`` = (rows, columns)."""
+    return tiles.flatten(-2).flatten(-3, -2)[..., : size[0], : size[1]]
 
 
 def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized, quantize, quantize_tiles, scaled_matmul
+from megavid.ops.nvfp4 import ROW, SQUARE, quantize_nvfp4
 
-RecipeName = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+RecipeName = Literal["tensorwise", "delayed", "blockwise", "mxfp8", "nvfp4"]
 Role = Literal["input", "weight", "gradient"]
 ROLES: tuple[Role, ...] = ("input", "weight", "gradient")
 """Operands of a layer's products, in the order of everything that is kept for each of them."""
@@ -27,8 +28,9 @@ class Recipe:
 
     Attributes:
         name: ``tensorwise``: one scale from the tensor at hand; ``delayed``: one from earlier steps; ``blockwise``: one
-            for 128 numbers of an input or gradient, and 128 x 128 of a matrix; ``mxfp8``: one byte for 32 numbers.
-        gradient_dtype: of gradients; inputs and matrices are e4m3.
+            for 128 numbers of an input or gradient, and 128 x 128 of a matrix; ``mxfp8``: one byte for 32 numbers;
+            ``nvfp4``: four bits, one byte for 16 numbers, and 16 x 16 of a matrix.
+        gradient_dtype: of gradients; inputs and matrices are e4m3, and numbers of four bits stand in it.
     """
 
     name: RecipeName
@@ -44,7 +46,7 @@ class Recipe:
     @property
     def has_tiles(self) -> bool:
         """Whether scales belong to tiles, not to whole tensors."""
-        return self.name in ("blockwise", "mxfp8")
+        return self.name in ("blockwise", "mxfp8", "nvfp4")
 
     def dtype(self, role: Role) -> torch.dtype:
         """Format of an operand."""
@@ -56,6 +58,8 @@ class Recipe:
             return None
         if self.name == "mxfp8":
             return (1, 32)
+        if self.name == "nvfp4":
+            return SQUARE if role == "weight" else ROW
         return (128, 128) if role == "weight" else (1, 128)
 
     def quantize(self, x: Tensor, role: Role, scale: Tensor | None) -> Quantized:
@@ -71,6 +75,8 @@ class Recipe:
             assert scale is not None, f"{self.name}: one scale serves the whole tensor"
             return quantize(x, scale, self.dtype(role))
         assert scale is None, f"{self.name}: tiles have their own scales"
+        if self.name == "nvfp4":
+            return quantize_nvfp4(x, tile, is_random=role == "gradient")
         scale_dtype = E8M0 if self.name == "mxfp8" else torch.float32
         return quantize_tiles(x, tile, self.dtype(role), scale_dtype=scale_dtype)
 

@@ -70,6 +70,11 @@ def not_counted(config: RunConfig) -> tuple[str, ...]:
             f"precision.linears = '{config.precision.linears}' is not counted: step time and memory are those of "
             "'native' (docs/fp8.md)"
         )
+    if config.precision.fp8_experts != "same":
+        notes.append(
+            f"precision.fp8_experts = '{config.precision.fp8_experts}' is not counted: experts are planned as "
+            f"precision.fp8 = '{config.precision.fp8}' says (docs/fp8.md)"
+        )
     if config.train.ops == "compiled":
         notes.append(
             "train.ops = 'compiled' is not counted in the step time, which is that of plain torch; memory counts it "

@@ -95,6 +95,29 @@ def test_layouts_differ_by_a_part_of_the_format_s_own_error(pool: RankPool, name
     assert ranks[0]["loss"] == pytest.approx(alone[0]["loss"], rel=5e-3)
 
 
+@pytest.mark.parametrize("options", [{"tensor": 2, "expert": 2}, {"context": 2, "recompute": "full"}], ids=str)
+def test_experts_in_nvfp4(pool: RankPool, options: dict[str, Any]) -> None:
+    """Coarser than FP8, the same again in a second run, and between layouts no further off than two draws are.
+
+    Gradients are rounded at random, so that layouts, which cut tensors otherwise, draw other numbers; losses of the
+    first step have no gradient in them.
+    """
+
+    def four(**options: Any) -> RunConfig:
+        config = fp8_config("wan_moe", "tensorwise", **options)
+        return replace(config, precision=replace(config.precision, fp8_experts="nvfp4"))
+
+    wide, eight = (on_one_rank(pool, "wan_moe", kind, WIDTHS["tensorwise"]) for kind in ("off", "tensorwise"))
+    alone, again = (pool.run(1, train, four(), 1) for _ in range(2))
+    ranks = pool.run(2, train, four(**options), 2)
+    exact, coarse, narrow, second, cut = (gradient_of(told) for told in (wide, eight, alone, again, ranks))
+    own_error = float((narrow - exact).norm() / exact.norm())
+    assert float((coarse - exact).norm() / exact.norm()) < own_error < 0.5
+    assert torch.equal(narrow, second)
+    assert float((cut - narrow).norm() / narrow.norm()) <= 2**0.5 * own_error
+    assert ranks[0]["loss"][0] == pytest.approx(alone[0]["loss"][0], rel=5e-3)
+
+
 def scales_of_step(config: RunConfig, world: int) -> dict[str, list[float]]:
     """Job: every scale of one step in order, by layer and operand."""
     found = defaultdict(list)

@@ -50,9 +50,11 @@ class GroupedExperts(nn.Module):
         self.scalings: nn.ModuleDict = nn.ModuleDict()
 
     def in_fp8(self, fp8: Fp8Build, group: ProcessGroup) -> "GroupedExperts":
-        """Compute the products in FP8 from now on, the ranks of ``group`` sharing scales; returns itself."""
+        """Compute the products in FP8, or NVFP4, from now on, the ranks of ``group`` sharing scales; returns itself."""
         matrices = ["up", "down"] if self.gate_weight is None else ["up", "down", "gate"]
-        self.scalings = nn.ModuleDict({which: fp8.scaling(f"{self.name}.{which}", group) for which in matrices})
+        self.scalings = nn.ModuleDict(
+            {which: fp8.scaling(f"{self.name}.{which}", group, is_expert=True) for which in matrices}
+        )
         return self
 
     def forward(
