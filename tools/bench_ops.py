@@ -261,6 +261,16 @@ def time_in_turn(calls: Sequence[Callable[[], None]], rounds: int, device: str) 
     return seconds
 
 
+def copy_line(sizes: Sizes, rounds: int, device: str) -> str:
+    """What writing the tokens once into new memory costs, in words: the floor of every op that gives as much."""
+    cells = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = stream(sizes, dtype).detach()
+        (seconds,) = time_in_turn([lambda x=x: x.clone()], rounds, device)  # type: ignore[misc]
+        cells.append(f"{min(seconds) * 1e3:.1f} / {statistics.median(seconds) * 1e3:.1f} ms in {str(dtype)[6:]}")
+    return f"A copy of the tokens into new memory takes {', '.join(cells)}."
+
+
 def bytes_of(function: Callable[..., Any], inputs: list[Tensor]) -> int:
     """What a forward pass reads and writes at least: its inputs and outputs."""
     found = function(*inputs)
@@ -359,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{cpu_name()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, ops for {instruction_set()}; load average at the start {load:.2f}. "
         f"{arguments.tokens:,} tokens x {arguments.width:,}; times and ratios are least / median of {arguments.rounds} "
-        "interleaved rounds.",
+        f"interleaved rounds. {copy_line(sizes, arguments.rounds, arguments.device)}",
         "",
         *time_ops(sizes, arguments.rounds, arguments.device, arguments.only, bandwidth),
     ]

@@ -90,7 +90,7 @@ def config_of(*, layers: int, width: int, hidden: int, tokens: int, dtype: str, 
             ffn_size=64 if top_k else hidden, in_channels=4, out_channels=4, text_size=16, text_length=8,
             frequency_size=16, moe=experts,
         ),
-        train=TrainConfig(global_batch_size=1),
+        train=TrainConfig(global_batch_size=1, ops="reference"),  # what the plan counts
         precision=PrecisionConfig(dtype=dtype),  # type: ignore[arg-type]
         data=DataConfig(pack_tokens=tokens),
     )  # fmt: skip

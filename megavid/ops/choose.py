@@ -35,7 +35,7 @@ def block_ops(choice: Choice, device: torch.device, dtype: torch.dtype) -> Block
 
     Args:
         choice: "auto" takes the compiled ones where there are any that agree with plain torch.
-        device: where the model is; of meta tensors, that of the run they stand for.
+        device: where the model is; of meta tensors, that of the run they stand for. Nothing is tried for those.
         dtype: of its activations.
 
     Raises:
@@ -44,7 +44,7 @@ def block_ops(choice: Choice, device: torch.device, dtype: torch.dtype) -> Block
     if choice == "reference":
         return REFERENCE
     reason = why_not_compiled_for(device, dtype)
-    if not reason and device.type != "meta":
+    if not reason and "meta" not in (device.type, torch.get_default_device().type):  # else only shapes are asked for
         reason = disagreement(device, dtype)
         if reason and choice == "auto":
             logger.warning("train.ops = 'auto' takes plain torch: %s; please report it", reason)

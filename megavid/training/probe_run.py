@@ -97,7 +97,8 @@ class Case:
         return RunConfig(
             model=model,
             parallel=ParallelConfig(**dict(self.parallel)),
-            train=TrainConfig(global_batch_size=self.packs, micro_batch_size=self.micro),
+            # In plain torch, whose operators the plan counts.
+            train=TrainConfig(global_batch_size=self.packs, micro_batch_size=self.micro, ops="reference"),
             data=DataConfig(pack_tokens=sum(self.clips) + self.padding),
         )
 
