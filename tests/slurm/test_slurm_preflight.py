@@ -30,7 +30,7 @@ def rank_pid(cluster: SlurmCluster, rank: int, timeout_s: float = 60.0) -> int:
 def test_slowed_node_is_named_and_excluded(cluster: SlurmCluster, tmp_path: Path) -> None:
     out = tmp_path / "run"
     srun = ("srun", "--nodes=4", "--ntasks-per-node=1", *cluster.env["MEGAVID_COMMAND"].split())
-    limits = ("--seconds", str(SECONDS), "--slow-below", "0.4")
+    limits = ("--seconds", str(SECONDS), "--slow-below", "0.2")
     asked = ("preflight", "tiny", "--out", str(out), *limits, "--parallel.expert", "2")
     began = time.monotonic()
     job = subprocess.Popen(
@@ -42,7 +42,8 @@ def test_slowed_node_is_named_and_excluded(cluster: SlurmCluster, tmp_path: Path
         while "measuring 4 ranks" not in said:  # from here on: slow imports would only take long
             said += (line := job.stdout.readline())
             assert line, said
-        # Far below the limit: one that wakes is served before those that compute all the time, on however few cores.
+        # Nodes that share two cores with other tests come to a third of the median, this one to a tenth: one that wakes
+        # is served before those that compute all the time, on however few cores.
         with halting(rank_pid(cluster, SLOWED), 0.03):
             time.sleep(SECONDS)
         said += job.communicate(timeout=120)[0]
