@@ -75,7 +75,8 @@ def tiny_config(
             moe=MoEConfig(**{**experts, **(moe or {})}),
         ),
         parallel=ParallelConfig(**parallel),
-        train=TrainConfig(global_batch_size=4, micro_batch_size=micro, seed=SEED),
+        # In plain torch: tests that take the compiled ops say so, and compare with this.
+        train=TrainConfig(global_batch_size=4, micro_batch_size=micro, seed=SEED, ops="reference"),
         precision=PrecisionConfig(dtype=dtype),
         lora=LoraConfig(**(lora or {})),
         diffusion=DiffusionConfig(),
