@@ -7,6 +7,7 @@ the same numbers but for rounding.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class BlockOps:
     """What a block computes between its matrix products and its attention.
 
     Attributes:
-        name: "reference" or "compiled".
+        name: what these are.
         modulated_norm: (x_tBD, shift_RD, scale_RD, row_tB, eps) to the modulated LayerNorm of x.
         residual_affine_norm: (x_tBD, update_tBD, gate_RD, row_tB, weight_D, bias_D, eps) to x + update * gate and its
             affine LayerNorm.
@@ -41,7 +42,7 @@ class BlockOps:
         moe: what an expert layer computes.
     """
 
-    name: str
+    name: Literal["reference", "compiled"]
     modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     residual_affine_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     residual_modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def report_of(config: RunConfig, asked: Asked, profile: Profile) -> dict[str, An
         "ranks": profile.layout.world_size,
         "recompute": config.parallel.recompute,
         "precision": config.precision.describe(),
+        "ops": profile.ops,
         "pack_tokens": config.data.pack_tokens,
         "packs_per_step": config.train.global_batch_size,
         "device": profile.device,
@@ -92,7 +93,8 @@ def _run_of(config: RunConfig, asked: Asked, profile: Profile, run: RoutingRun) 
     if machine is not None:
         owners = mean_owners([split for record in run.ranks for split in record.splits])
         clips, step_s = clips_of_steps(run.ranks), table["step_time_s"]["p50"]
-        table["prediction"] = prediction_rows(config, profile.layout, clips, machine, owners, step_s)
+        ran = replace(config, train=replace(config.train, ops=profile.ops))  # what "auto" took
+        table["prediction"] = prediction_rows(ran, profile.layout, clips, machine, owners, step_s)
     return table
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -72,6 +72,7 @@ class Profile:
     layout: Layout
     device: Device
     peak: Peak
+    ops: Literal["reference", "compiled"]
     runs: list[RoutingRun] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
@@ -92,7 +93,7 @@ def profile_rank(
     """
     with open_mesh(config, layout, device, env) as mesh:
         session = Session(config, mesh, settings, out)
-        profile = Profile(layout, device, peak_of(config, mesh))
+        profile = Profile(layout, device, peak_of(config, mesh), session.engine.chunks[0].capture.ops.name)
         with session:
             for routing in settings.routings:
                 run = session.measure(routing)

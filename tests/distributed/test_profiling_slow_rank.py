@@ -34,7 +34,9 @@ def profile_job(slow_rank: int, out: str) -> dict[str, Any] | None:
             run = session.measure("real")
         if not mesh.is_main:
             return None
-        return report_of(config, Asked(("profile",), "tiny", Path(out), None), Profile(layout, "cpu", PEAK, [run]))
+        return report_of(
+            config, Asked(("profile",), "tiny", Path(out), None), Profile(layout, "cpu", PEAK, "reference", [run])
+        )
 
 
 def test_the_slow_rank_is_named(pool: RankPool, tmp_path: Path) -> None:

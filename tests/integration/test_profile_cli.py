@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megavid.config.load import load_run
+from megavid.ops.compiled import why_not_compiled
 from megavid.ops.regions import PREFIX
 from megavid.profiling.attribution import SCHEDULE, STEP, inside
 from megavid.profiling.page import page
@@ -131,6 +132,7 @@ def test_folder_holds_what_the_help_says(one_rank: Path) -> None:
     names = {path.name for path in one_rank.iterdir() if path.name != ".lock"}
     assert names == {"report.json", "report.html", "run.toml", "steps.jsonl", "trace_real_rank0.json.gz"}
     assert report["files"] == ["trace_real_rank0.json.gz"]
+    assert report["ops"] == ("reference" if why_not_compiled() else "compiled")  # what "auto" took
     trace = json.loads(gzip.decompress((one_rank / "trace_real_rank0.json.gz").read_bytes()))
     assert sum(event.get("name") == "megavid/step" for event in trace["traceEvents"]) == 1
     assert load_run(str(one_rank / "run.toml"), []).parallel.recompute == "selective"
