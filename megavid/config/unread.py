@@ -27,6 +27,11 @@ class Reader(NamedTuple):
     words: str
 
 
+def _has_fp8_experts(run: RunConfig) -> bool:
+    model, precision = run.model, run.precision
+    return any(precision.is_fp8_layer(i, model.num_layers) and model.is_moe_layer(i) for i in range(model.num_layers))
+
+
 READERS = (
     Reader(("model.image_size",), lambda run: run.model.task == "i2v", "model.task = 'i2v'"),
     Reader(
@@ -54,8 +59,8 @@ READERS = (
     ),
     Reader(
         ("precision.fp8_experts",),
-        lambda run: run.precision.fp8 != "off" and run.model.family == "wan_moe",
-        "a recipe of precision.fp8 and model.family = 'wan_moe'",
+        _has_fp8_experts,
+        "a recipe of precision.fp8 and a block with experts in it",
     ),
     Reader(("precision.fp8_history",), lambda run: run.precision.fp8 == "delayed", "precision.fp8 = 'delayed'"),
     Reader(("lora.alpha", "lora.targets"), lambda run: run.lora.rank > 0, "lora.rank above 0"),

@@ -60,6 +60,15 @@ def test_fp8_history_is_of_delayed_scales_alone() -> None:
         refuse_unread(load_run("tiny", [*flags, "blockwise"]))
 
 
+def test_fp8_experts_is_of_blocks_that_have_some_and_are_in_fp8() -> None:
+    """In tiny's four blocks, of which all but the first and the last are in FP8 by default."""
+    flags = ["--precision.fp8", "blockwise", "--precision.fp8_experts", "nvfp4"]
+    refuse_unread(load_run("tiny", flags))
+    for without in (["--model.family", "wan"], ["--precision.fp8_skip_first", "2", "--precision.fp8_skip_last", "2"]):
+        with pytest.raises(ConfigError, match=r"is read with .* a block with experts in it only"):
+            refuse_unread(load_run("tiny", [*flags, *without]))
+
+
 @pytest.mark.parametrize("preset", preset_names())
 def test_presets_set_nothing_that_they_do_not_read(preset: str) -> None:
     refuse_unread(load_run(preset, []))
