@@ -240,9 +240,14 @@ def _of_imbalance(case: _Case) -> str:
 
 
 def _of_glue(case: _Case) -> str:
-    if case.config.train.ops == "compiled":
-        return ""
-    return "train.ops = 'compiled' makes one pass over memory of each norm, modulation and activation"
+    one_pass = "one pass over memory of each norm, modulation and activation"
+    match case.config.train.ops:
+        case "compiled":
+            return ""
+        case "auto":
+            return f"csrc/ built (megavid doctor says if it is): train.ops = 'auto' then makes {one_pass}"
+        case "reference":
+            return f"train.ops = 'auto' makes {one_pass} where csrc/ is built"
 
 
 def _of_host(case: _Case) -> str:
