@@ -41,7 +41,8 @@ CALLS, HOST_CYCLES = 10, 10**8
 WARM_STEPS = 2
 """Training steps left out, the first of a process."""
 STEP_KEYS = {"ops": ("reference", "compiled"), "capture": ("off", "compile")}
-"""Keys of the table train that training steps are timed for: the slow value, and the other."""
+"""Keys of the table train that training steps are timed for: the slow value, and the other. What capture compiles is
+plain torch."""
 
 
 @dataclass(frozen=True)
@@ -285,8 +286,9 @@ def time_ops(sizes: Sizes, rounds: int, device: str, only: str, bandwidth: float
     ]
     if only == "step":
         return []
+    lines = [copy_line(sizes, rounds, device), "", *lines]
     if bandwidth:
-        lines = [f"{lines[0]} of a copy's bandwidth |", f"{lines[1]} ---: |"]
+        lines[-2:] = [f"{lines[-2]} of a copy's bandwidth |", f"{lines[-1]} ---: |"]
     for case in (case for case in CASES if only in case.name):
         compiled = torch.compile(case.function(REFERENCE), dynamic=False)
         functions = (case.function(REFERENCE), case.function(COMPILED), compiled)
@@ -310,7 +312,7 @@ def time_ops(sizes: Sizes, rounds: int, device: str, only: str, bandwidth: float
 def steps_of(folder: Path, key: str, value: str, steps: int) -> list[float]:
     """Seconds of the steps of a run of `tiny` in a process of its own, without the first ones."""
     out = folder / f"{value}_{time.monotonic_ns()}"
-    changes = [f"--train.{key}", value, "--train.steps", str(steps + WARM_STEPS)]
+    changes = ["--train.steps", str(steps + WARM_STEPS), "--train.ops", "reference", f"--train.{key}", value]
     command = [sys.executable, "-m", "megavid", "train", "tiny", "--out", str(out), *changes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -369,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{cpu_name()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, ops for {instruction_set()}; load average at the start {load:.2f}. "
         f"{arguments.tokens:,} tokens x {arguments.width:,}; times and ratios are least / median of {arguments.rounds} "
-        f"interleaved rounds. {copy_line(sizes, arguments.rounds, arguments.device)}",
+        "interleaved rounds.",
         "",
         *time_ops(sizes, arguments.rounds, arguments.device, arguments.only, bandwidth),
     ]
