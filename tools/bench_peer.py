@@ -11,7 +11,7 @@ AdamW.step()`, in fp32, or in bf16 either whole (weights and moments in bf16, le
 over fp32 weights. `compiled` is diffusers' own regional compilation, one graph for all blocks.
 
 In every round each of them takes one step, in turns that change; ratios are of the steps of one round, so that what
-disturbs the machine for a while disturbs both sides. Before that one step of each under torch's profiler, for the share
+disturbs the machine for a while disturbs both sides. Then rounds of steps under torch's profiler, for the share
 that is neither matrix product nor attention.
 """
 
@@ -23,7 +23,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -49,7 +49,7 @@ from megavid.training.profile_report import cpu_name
 
 LEARNING_RATE, CLIP_NORM, WEIGHT_DECAY = 1e-4, 1.0, 0.01
 WARM_STEPS = 1
-"""Steps of each before the first round; compilation falls into them, and the step under the profiler follows them."""
+"""Steps of each before the first round; compilation falls into them."""
 PRODUCTS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::mkldnn_convolution",
     "aten::convolution_backward", "aten::_slow_conv2d_forward", "aten::slow_conv3d_forward", "mkl::_mkl_linear",
@@ -193,7 +193,7 @@ KINDS: dict[str, dict[str, dict[str, bool]]] = {
 
 
 def serve(name: str, dtype: str, ops: str, device: str, shape: Shape, orders: Connection) -> None:
-    """Process of one contender: build it, then answer "step" with seconds and "profile" with parts, until "stop"."""
+    """Process of one contender: build it, then answer "step" (seconds) and "profile" (operators) until "stop"."""
     torch.manual_seed(0)
     config = run_config("wan_1b", shape, dtype, ops)
     with ExitStack() as stack:
@@ -204,7 +204,7 @@ def serve(name: str, dtype: str, ops: str, device: str, shape: Shape, orders: Co
                 step = peer(config, shape, **KINDS[dtype][name])
         while (order := orders.recv()) != "stop":
             began = time.perf_counter()
-            answer: Any = parts_of(step) if order == "profile" else step()
+            answer: Any = operators_of(step) if order == "profile" else step()
             if device == "cuda":
                 torch.cuda.synchronize()
             orders.send(answer if order == "profile" else time.perf_counter() - began)
@@ -234,14 +234,11 @@ def contenders(arguments: argparse.Namespace, shape: Shape) -> Iterator[dict[str
             process.terminate()
 
 
-def warm_up(steps: dict[str, Contender], is_profiled: bool) -> dict[str, Any]:
-    """First steps of each, and if asked what ``parts_of`` says of one more; a peer that fails is taken out."""
-    profiled = {}
+def warm_up(steps: dict[str, Contender]) -> None:
+    """First steps of each; a peer that fails is taken out."""
     for name, ask in list(steps.items()):
         try:
             seconds = [ask("step") for _ in range(WARM_STEPS)]
-            if is_profiled:
-                profiled[name] = ask("profile")
         except (EOFError, ConnectionError):
             if name == "megavid":
                 raise SystemExit("bench_peer: megavid failed (above): nothing to compare the others with") from None
@@ -250,54 +247,74 @@ def warm_up(steps: dict[str, Contender], is_profiled: bool) -> dict[str, Any]:
             continue
         told = ", ".join(f"{s:.1f}" for s in seconds)
         print(f"bench_peer: {name}, warming up, s: {told}", file=sys.stderr, flush=True)
-    return profiled
 
 
-def time_in_turn(steps: dict[str, Contender], rounds: int, until: float) -> dict[str, list[float]]:
-    """Seconds of every step in every round, the order turning from round to round; no round may end after ``until``."""
+def in_turn(steps: dict[str, Contender], order: str, rounds: int, until: float) -> dict[str, list[Any]]:
+    """What each answers to ``order`` in every round, the first of them turning; no round may end after ``until``."""
     names = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    answers: dict[str, list[Any]] = {name: [] for name in names}
     for turn in range(rounds):
         began = time.perf_counter()
         for number in range(len(names)):
             name = names[(number + turn) % len(names)]
-            seconds[name].append(steps[name]("step"))
-        told = ", ".join(f"{name} {seconds[name][-1]:.2f}" for name in names)
-        print(f"bench_peer: round {turn + 1} of {rounds}, s: {told}", file=sys.stderr, flush=True)
+            answers[name].append(steps[name](order))
+        told = ", ".join(f"{name} {_whole(answers[name][-1]):.2f}" for name in names)
+        print(f"bench_peer: {order} {turn + 1} of {rounds}, s: {told}", file=sys.stderr, flush=True)
         if 2 * time.perf_counter() - began > until:
             break
-    return seconds
+    return answers
 
 
-def parts_of(step: Step) -> tuple[dict[str, float], list[tuple[str, float]]]:
-    """Seconds of one step in matrix products, in attention and in all else; and the largest operators of that."""
+def _whole(answer: float | Mapping[str, float]) -> float:
+    """Seconds of a step, or of one that was taken apart."""
+    return sum(answer.values()) if isinstance(answer, Mapping) else answer
+
+
+def operators_of(step: Step) -> dict[str, float]:
+    """Seconds of every operator of one step, and under "" what passes in none."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         began = time.perf_counter()
         step()
         whole = time.perf_counter() - began
     own = {event.key: event.self_cpu_time_total * 1e-6 for event in trace.key_averages()}
-    products, attention = (sum(own.get(name, 0.0) for name in names) for names in (PRODUCTS, ATTENTION))
-    rest = sorted(((t, n) for n, t in own.items() if n not in (*PRODUCTS, *ATTENTION)), reverse=True)
-    parts = {"products": products, "attention": attention, "rest": whole - products - attention}
-    return parts, [(name, seconds) for seconds, name in rest]
+    return {**own, "": whole - sum(own.values())}
 
 
-def table(seconds: dict[str, list[float]], parts: dict[str, dict[str, float]]) -> list[str]:
+def parts_of(operators: Mapping[str, float]) -> dict[str, float]:
+    """Seconds in matrix products, in attention and in all else."""
+    products, attention = (sum(operators.get(name, 0.0) for name in names) for names in (PRODUCTS, ATTENTION))
+    return {"products": products, "attention": attention, "rest": sum(operators.values()) - products - attention}
+
+
+def largest(steps: Sequence[Mapping[str, float]], number: int) -> list[tuple[str, float]]:
+    """The largest operators outside of products and attention, with the median of their seconds."""
+    names = {name for step in steps for name in step} - {*PRODUCTS, *ATTENTION, ""}
+    medians = [(name, statistics.median(step.get(name, 0.0) for step in steps)) for name in names]
+    return sorted(medians, key=lambda pair: -pair[1])[:number]
+
+
+def table(seconds: Mapping[str, Sequence[float]], profiled: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """Markdown: times, ratios of the rounds, and where they go."""
     lines = [
         "| | step, s: median (least to most) | megavid / it: median (least to most) | products, s | attention, s "
         "| all else, s | megavid's all else / its |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    mine = seconds["megavid"]
+    rest = {name: [parts_of(step)["rest"] for step in steps] for name, steps in profiled.items()}
     for name, found in seconds.items():
-        ratios = [a / b for a, b in zip(mine, found, strict=True)]
-        cells = [_spread(found, 2), "" if name == "megavid" else _spread(ratios, 3)]
-        if part := parts.get(name):
-            cells += [f"{part[key]:.2f}" for key in ("products", "attention", "rest")]
-            cells.append("" if name == "megavid" else f"{parts['megavid']['rest'] / part['rest']:.2f}")
+        cells = [_spread(found, 2), _ratio(seconds, name)]
+        if parts := [parts_of(step) for step in profiled.get(name, ())]:
+            cells += [f"{statistics.median(step[key] for step in parts):.2f}" for key in ("products", "attention")]
+            cells += [_spread(rest[name], 2), _ratio(rest, name)]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
+
+
+def _ratio(values: Mapping[str, Sequence[float]], name: str) -> str:
+    """megavid's over those of ``name``, round by round."""
+    if name == "megavid":
+        return ""
+    return _spread([a / b for a, b in zip(values["megavid"], values[name], strict=True)], 3)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -312,10 +329,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", type=int, nargs=3, default=(5, 13, 16), help="tokens: frames, rows, columns")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each at most (default %(default)s)")
     parser.add_argument("--budget", type=float, default=600, help="seconds that it may take (default %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="no profile on cuda (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: no profile (%(default)s)")
     parser.add_argument("--ops", default="compiled", help="train.ops (default %(default)s)")
-    parser.add_argument("--no-profile", action="store_true", help="leave out the step under the profiler")
-    parser.add_argument("--operators", type=int, default=0, help="print so many of megavid's largest other operators")
+    parser.add_argument("--profiled", type=int, default=3, help="steps of each under the profiler (%(default)s)")
+    parser.add_argument("--operators", type=int, default=0, help="print so many of the largest other operators of each")
     parser.add_argument("--only", nargs="*", help="peers to run, by their names (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args(argv)
@@ -329,21 +346,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape, load = Shape(tuple(arguments.grid), arguments.layers), os.getloadavg()[0]
     until = time.perf_counter() + arguments.budget
     with contenders(arguments, shape) as steps:
-        profiled = warm_up(steps, arguments.device == "cpu" and not arguments.no_profile)
-        seconds = time_in_turn(steps, arguments.rounds, until)
-    parts = {name: found for name, (found, _) in profiled.items()}
+        warm_up(steps)
+        seconds = in_turn(steps, "step", arguments.rounds, until)
+        profiled = in_turn(steps, "profile", arguments.profiled if arguments.device == "cpu" else 0, until)
     print(
         f"{cpu_name()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, {arguments.dtype}, train.ops = {arguments.ops} ({instruction_set()}), "
         f"{arguments.layers} layers, {shape.tokens:,} tokens; load average at the start {load:.2f}; "
-        f"{len(seconds['megavid'])} rounds.\n"
+        f"{len(seconds['megavid'])} rounds, {len(profiled['megavid'])} under the profiler.\n"
     )
-    print("\n".join(table(seconds, parts)))
-    for name, (_, operators) in profiled.items():
-        for operator, spent in operators[: arguments.operators]:
+    print("\n".join(table(seconds, profiled)))
+    for name, traces in profiled.items():
+        for operator, spent in largest(traces, arguments.operators):
             print(f"{name}: {operator} {spent * 1e3:.0f} ms")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"seconds": seconds, "parts": parts}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"seconds": seconds, "operators": profiled}, indent=1) + "\n")
     return 0
 
 

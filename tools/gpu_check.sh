@@ -87,7 +87,7 @@ for routing in real forced; do
   train "moe_$routing" "${moe[@]}" --routing $routing
   train "moe_${routing}_tensorwise" "${moe[@]}" --routing $routing --fp8 tensorwise
 done
-[ ${#peer[@]} -eq 0 ] || step peer "$python" tools/bench_peer.py --device $device --no-profile "${peer[@]}"
+[ ${#peer[@]} -eq 0 ] || step peer "$python" tools/bench_peer.py --device $device --profiled 0 "${peer[@]}"
 step page "$python" tools/gpu_check.py page "$out" --out "$out/gpu_check.md"
 
 if [ -f "$out/gpu_check.md" ]; then

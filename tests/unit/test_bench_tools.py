@@ -45,6 +45,18 @@ def test_without_megavid_there_is_nothing_to_compare() -> None:
 
     steps = {"megavid": dead, "diffusers, eager": lambda order: 1.0}
     with pytest.raises(SystemExit, match="megavid failed"):
-        bench_peer.warm_up(steps, is_profiled=False)
-    del steps["megavid"]
-    assert bench_peer.warm_up(steps | {"diffusers, compiled": dead}, is_profiled=False) == {}
+        bench_peer.warm_up(steps)
+    rest = {"diffusers, eager": steps["diffusers, eager"], "diffusers, compiled": dead}
+    bench_peer.warm_up(rest)
+    assert list(rest) == ["diffusers, eager"]
+
+
+def test_shares_of_a_step_are_of_the_profiled_rounds() -> None:
+    """The ratio is that of the rounds, in which the machine was the same for both; not that of two medians."""
+    mine = [{"aten::mm": 5.0, "aten::add": 1.0 * slow, "": 0.5 * slow} for slow in (1, 2, 4)]
+    theirs = [{"aten::addmm": 4.0, "aten::gelu": 3.0 * slow, "": 0.0} for slow in (1, 2, 2)]
+    seconds = {"megavid": [6.0, 7.0], "diffusers, eager": [8.0, 14.0]}
+    lines = bench_peer.table(seconds, {"megavid": mine, "diffusers, eager": theirs})
+    assert lines[2] == "| megavid | 6.50 (6.00 to 7.00) |  | 5.00 | 0.00 | 3.00 (1.50 to 6.00) |  |"
+    assert lines[3].endswith("| 0.625 (0.500 to 0.750) | 4.00 | 0.00 | 6.00 (3.00 to 6.00) | 0.500 (0.500 to 1.000) |")
+    assert bench_peer.largest(mine, 5) == [("aten::add", 2.0)]
