@@ -10,34 +10,26 @@ from dataclasses import replace
 from typing import Any
 
 from megavid.checkpoint import AsyncSaver, Checkpoint, latest
-from megavid.checkpoint.base import BASE, Base
-from megavid.checkpoint.ranks import agreed
+from megavid.checkpoint.base import BASE
 from megavid.config.load import dump_toml
 from megavid.config.schema import RunConfig
 from megavid.data.build import build_source, build_text_encoder
-from megavid.data.loader import Loader
-from megavid.data.sample import ClipSource
-from megavid.diffusion.objective import FlowObjective
-from megavid.errors import CheckpointError, NumericalStop, StopRequested
+from megavid.errors import NumericalStop, StopRequested
 from megavid.models.runner import build_engine
 from megavid.parallel.engine import Engine
 from megavid.parallel.host import host_name
 from megavid.parallel.mesh import Mesh
 from megavid.profiling.peak import known_peak
 from megavid.training import rollback
+from megavid.training.begin import agreed_base, load_or_initialize, open_steps
 from megavid.training.build import build_callbacks
 from megavid.training.callbacks import Run
 from megavid.training.diagnose import first_bad_part
 from megavid.training.kit import SamplingKit
 from megavid.training.metrics import cut_after
 from megavid.training.resume import (
-    base_of,
-    begin_adapters,
-    check_init_from,
     config_of,
     has_average,
-    load_weights,
-    resume,
 )
 from megavid.training.rollback import RollBack
 from megavid.training.run_dir import RunDir, Start
@@ -141,12 +133,7 @@ def open_run(
     state, loader_state = load_or_initialize(engine, config, source, run_dir, start, base)
     if back is not None:
         state.go_back_from(back.later)
-    objective = FlowObjective(config.diffusion, config.train.seed)
-    take_step = TrainStep(config, engine, objective)
-    loader = Loader(
-        config, source, text_encoder, dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
-        start_step=state.data_step + 1, state=loader_state, drops_caption=objective.drops_caption,
-    )  # fmt: skip
+    take_step, loader = open_steps(config, engine, source, text_encoder, state, loader_state)
     saver = AsyncSaver(
         run_dir.checkpoints, mesh, config.checkpoint, run_toml=dump_toml(config),
         layout=mesh.layout.describe(), extra={**kit.files(), **({BASE: base.to_bytes()} if base else {})},
@@ -171,48 +158,6 @@ def is_save_due(config: RunConfig, step: int) -> bool:
     """Whether a checkpoint is taken after ``step``."""
     interval = config.checkpoint.interval_steps
     return step == last_step(config) or (interval > 0 and step % interval == 0)
-
-
-def agreed_base(config: RunConfig, source: ClipSource, start: Start, mesh: Mesh) -> Base | None:
-    """The frozen model of a run of adapters: what rank 0 finds, as a run that is named may save in this very moment.
-
-    Ranks: collective.
-    """
-    if not config.lora.rank:
-        return None
-    with agreed(mesh):
-        found = base_of(config, source, start.checkpoint) if mesh.is_main else None
-    base: Base | None = mesh.broadcast_object(found)
-    return base
-
-
-def load_or_initialize(
-    engine: Engine[Any],
-    config: RunConfig,
-    source: ClipSource,
-    run_dir: RunDir,
-    start: Start,
-    base: Base | None,
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """Fill the weights; return the counters and the loader's state, None at the beginning of a run."""
-    if start.checkpoint is not None:
-        try:
-            return resume(engine, start.checkpoint, base)
-        except CheckpointError as error:
-            raise run_dir.with_way_out(error) from error
-    first_weights(engine, config, source, base)
-    return TrainState(), None
-
-
-def first_weights(engine: Engine[Any], config: RunConfig, source: ClipSource, base: Base | None = None) -> None:
-    """Fill the weights of a run that begins: those of ``train.init_from``, else fresh ones."""
-    if base is not None:
-        begin_adapters(engine, base)
-    elif config.train.init_from:
-        checkpoint = check_init_from(config, source)
-        load_weights(engine, checkpoint, kind="ema" if has_average(config_of(checkpoint)) else "model")
-    else:
-        engine.initialize(config.train.seed)
 
 
 def write_adapter(run_dir: RunDir) -> None:

@@ -19,8 +19,6 @@ from tqdm import tqdm
 
 from megavid.config.schema import RunConfig
 from megavid.data.build import build_source, build_text_encoder
-from megavid.data.loader import Loader
-from megavid.diffusion.objective import FlowObjective
 from megavid.models.runner import build_engine
 from megavid.ops.regions import region, regions_on
 from megavid.parallel.engine import Engine
@@ -44,10 +42,10 @@ from megavid.profiling.records import (
 )
 from megavid.profiling.trace import read_trace
 from megavid.profiling.waits import WaitClock
-from megavid.training.loop import first_weights
+from megavid.training.begin import first_weights, open_steps
 from megavid.training.metrics import MetricsFile
 from megavid.training.state import TrainState
-from megavid.training.step import StepReport, TrainStep
+from megavid.training.step import StepReport
 
 
 @dataclass
@@ -114,12 +112,8 @@ class Session:
         self.engine: Engine[Any] = build_engine(config, mesh)
         self.state = TrainState()
         first_weights(self.engine, config, source)
-        objective = FlowObjective(config.diffusion, config.train.seed)
-        self.take_step = TrainStep(config, self.engine, objective)
-        self.loader = Loader(
-            config, source, build_text_encoder(config), dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
-            drops_caption=objective.drops_caption,
-        )  # fmt: skip
+        text_encoder = build_text_encoder(config)
+        self.take_step, self.loader = open_steps(config, self.engine, source, text_encoder, self.state)
         self.names = names_of(mesh)
         self.clip_tokens: list[int] = []  # of the last step
         self._stack = contextlib.ExitStack()

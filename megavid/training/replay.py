@@ -13,21 +13,19 @@ from megavid.checkpoint import Checkpoint, list_steps, resolve
 from megavid.checkpoint.format import step_name, step_of
 from megavid.config.schema import RunConfig
 from megavid.data.build import build_source, build_text_encoder
-from megavid.data.loader import Loader
-from megavid.diffusion.objective import FlowObjective
 from megavid.errors import DataError
 from megavid.models.runner import build_engine
 from megavid.parallel.launch import Device, RankEnv
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.world import open_mesh
 from megavid.plan.layout import Layout
-from megavid.training.loop import agreed_base, load_or_initialize
+from megavid.training.begin import agreed_base, load_or_initialize, open_steps
 from megavid.training.metrics import BEGINNINGS, read_rows
 from megavid.training.resume import config_of
 from megavid.training.routing_record import RecordedRouting
 from megavid.training.run_dir import RunDir, Start
 from megavid.training.state import TrainState
-from megavid.training.step import StepReport, TrainStep
+from megavid.training.step import StepReport
 
 LAW = 1e-5
 """Relative difference of a loss that another layout may make in fp32."""
@@ -188,12 +186,7 @@ def take_steps(
     base = agreed_base(config, source, start, mesh)
     state, loader_state = load_or_initialize(engine, config, source, RunDir(Path()), start, base)
     on_engine(engine)
-    objective = FlowObjective(config.diffusion, config.train.seed)
-    take_step = TrainStep(config, engine, objective)
-    loader = Loader(
-        config, source, build_text_encoder(config), dp_rank=mesh.coordinate("dp"), dp_size=mesh.size("dp"),
-        start_step=state.data_step + 1, state=loader_state, drops_caption=objective.drops_caption,
-    )  # fmt: skip
+    take_step, loader = open_steps(config, engine, source, build_text_encoder(config), state, loader_state)
     reports = []
     with loader:
         while state.step < what.step:
