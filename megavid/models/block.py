@@ -58,12 +58,13 @@ class FeedForward(nn.Module):
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
         width, hidden = build.model.hidden_size, build.model.ffn_size
-        self.up = column_linear(build, [f"{name}.up"], width, hidden)
+        self.bias_gelu = build.ops.bias_gelu
+        self.up = column_linear(build, [f"{name}.up"], width, hidden, leaves_bias=True)
         self.down = row_linear(build, f"{name}.down", hidden, width)
 
     def forward(self, x_tBD: Tensor) -> Tensor:
         """The feed-forward of this rank's tokens."""
-        out: Tensor = self.down(torch.nn.functional.gelu(self.up(x_tBD)[0], approximate="tanh"))[0]
+        out: Tensor = self.down(self.bias_gelu(*self.up(x_tBD)))[0]
         return out
 
 

@@ -126,6 +126,7 @@ def column_linear(
     *,
     of_text: bool = False,
     has_bias: bool = True,
+    leaves_bias: bool = False,
 ) -> Any:
     """Matrices of one input whose outputs are split over tensor-parallel ranks, fused into one product.
 
@@ -136,10 +137,11 @@ def column_linear(
         output_size: width of each output in model space.
         of_text: the input is the whole caption on every rank, not a shard of the tokens.
         has_bias: give the matrices biases.
+        leaves_bias: return them beside the output, for the next op to add.
 
     Returns:
         megatron-core's ColumnParallelLinear, or its twin in FP8 or of Transformer Engine, with adapters where the run
-        has some; its output is the matrices' local outputs side by side.
+        has some; it gives the matrices' local outputs side by side, and the bias that is still to be added, if any.
     """
     transformer = build.transformer
     if of_text and transformer.sequence_parallel:
@@ -155,7 +157,7 @@ def column_linear(
         init_method=nn.Identity(),
         bias=has_bias,
         gather_output=False,
-        skip_bias_add=False,
+        skip_bias_add=leaves_bias,
         tp_group=build.mesh.group("tp"),
     )
     local, first = output_size // build.tp, build.tp_rank * (output_size // build.tp)

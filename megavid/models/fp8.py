@@ -131,8 +131,8 @@ class Fp8ColumnLinear(mcore.ColumnParallelLinear):  # type: ignore[misc]  # mega
         self.scaling = scaling
         return self
 
-    def forward(self, x_tBI: Tensor) -> tuple[Tensor, None]:
-        """This rank's outputs for all tokens; nothing is left to be added.
+    def forward(self, x_tBI: Tensor) -> tuple[Tensor, Tensor | None]:
+        """This rank's outputs for all tokens, and the bias that is still to be added, if any.
 
         Under sequence parallelism the tokens are gathered first, and the gathered ones are kept, in eight bits.
         """
@@ -141,7 +141,9 @@ class Fp8ColumnLinear(mcore.ColumnParallelLinear):  # type: ignore[misc]  # mega
         elif self.tp_group.size() > 1:
             x_tBI = mcore.copy_to_tensor_model_parallel_region(x_tBI, group=self.tp_group)
         out = fp8_linear(x_tBI, self.weight, self.scaling)
-        return (out if self.bias is None else out + self.bias), None
+        if self.skip_bias_add or self.bias is None:
+            return out, self.bias
+        return out + self.bias, None
 
 
 class Fp8RowLinear(mcore.RowParallelLinear):  # type: ignore[misc]  # megatron-core has no type stubs

@@ -44,7 +44,7 @@ class Adapted(nn.Module):
         self.linear, self.adapter = linear, adapter
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output, and a bias still to be added (none)."""
+        """Output, and the bias that is still to be added, if any."""
         out, bias = self.linear(x)
         return out + self.adapter(x), bias
 

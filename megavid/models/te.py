@@ -85,11 +85,11 @@ class InFp8(nn.Module):
         super().__init__()
         self.linear = linear
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """What the linear gives; nothing is left to be added."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the linear gives: the output, and the bias that is still to be added, if any."""
         region = mcore.get_fp8_context(self.linear.config) if torch.is_grad_enabled() else nullcontext()
         with region:
-            out: tuple[Tensor, None] = self.linear(x)
+            out: tuple[Tensor, Tensor | None] = self.linear(x)
         return out
 
 

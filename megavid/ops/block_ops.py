@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megavid.ops.expert_activation import expert_activation_op
 from megavid.ops.gated_residual import gated_residual_op
 from megavid.ops.gated_residual_norm import gated_residual_norm_op
 from megavid.ops.modulated_norm import modulated_norm_op
@@ -39,6 +40,7 @@ class BlockOps:
         rms_norm: (x_TBn, sum_of_squares_TB1, width, weight_n, eps) to x normed over ``width`` numbers.
         norm_rope: (x_TBn, sum_of_squares_TB1, weight_n, cos_TB1h, sin_TB1h, width, eps) to queries or keys, normed
             over ``width`` numbers and rotated, [T, B, N, A].
+        bias_gelu: (x_tBM, bias_M or None) to GELU-tanh of x + bias, between the matrices of a dense feed-forward.
         moe: what an expert layer computes.
     """
 
@@ -50,6 +52,7 @@ class BlockOps:
     sum_of_squares: Callable[[Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, int, Tensor, float], Tensor]
     norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+    bias_gelu: Callable[[Tensor, Tensor | None], Tensor]
     moe: MoEOps
 
 
@@ -81,6 +84,10 @@ def _norm_rope(
     return rotate(torch.unflatten(normed, -1, (-1, 2 * cos_TB1h.shape[-1])), cos_TB1h, sin_TB1h)
 
 
+def _bias_gelu(x_tBM: Tensor, bias_M: Tensor | None) -> Tensor:
+    return torch.nn.functional.gelu(x_tBM if bias_M is None else x_tBM + bias_M, approximate="tanh")
+
+
 REFERENCE = BlockOps(
     "reference",
     modulated_norm,
@@ -90,6 +97,7 @@ REFERENCE = BlockOps(
     _sum_of_squares,
     rms_norm_of_sum,
     _norm_rope,
+    _bias_gelu,
     REFERENCE_MOE,
 )
 
@@ -147,6 +155,15 @@ def _compiled_norm_rope(
     return y_Tn.view(tokens, batch, -1, 2 * cos_TB1h.shape[-1])
 
 
+def _compiled_bias_gelu(x_tBM: Tensor, bias_M: Tensor | None) -> Tensor:
+    """An expert's activation, of tokens that all go to one expert, with probability 1."""
+    x_TM = x_tBM.flatten(0, 1)
+    expert_T = torch.zeros(x_TM.shape[0], dtype=torch.int64, device=x_TM.device)
+    bias_eM = None if bias_M is None else bias_M.unsqueeze(0)
+    y_TM = expert_activation_op(x_TM, None, bias_eM, None, expert_T, torch.ones_like(expert_T, dtype=torch.float32))
+    return y_TM.view(x_tBM.shape)
+
+
 COMPILED = BlockOps(
     "compiled",
     _compiled_modulated_norm,
@@ -156,5 +173,6 @@ COMPILED = BlockOps(
     _compiled_sum_of_squares,
     rms_norm_of_sum,
     _compiled_norm_rope,
+    _compiled_bias_gelu,
     COMPILED_MOE,
 )

@@ -99,6 +99,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         ("gated_residual", (x, update, gate, row), ()),
         ("sum_of_squares", (x,), ()),
         ("norm_rope", (x, sums, normal(WIDTH)), (angles.cos(), angles.sin(), WIDTH, eps)),  # angles learn nothing
+        ("bias_gelu", (3 * x, normal(WIDTH, of=dtype)), ()),
     ):
         plain, compiled = (_with(getattr(ops, name), extra) for ops in (REFERENCE, COMPILED))
         yield name, plain, compiled, given

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megavid.errors import ConfigError
 from megavid.ops import gated_residual, gated_residual_norm, modulated_norm, norm_rope, sum_of_squares
-from megavid.ops.block_ops import COMPILED, REFERENCE
+from megavid.ops.block_ops import COMPILED, REFERENCE, BlockOps
 from megavid.ops.choose import block_ops
 from megavid.ops.compiled import why_not_compiled
 
@@ -257,3 +257,28 @@ def test_the_choice_is_refused_where_nothing_is_built(monkeypatch: pytest.Monkey
         block_ops("compiled", CPU, torch.float64)
     if not why_not_compiled():
         assert block_ops("auto", CPU, torch.bfloat16) is COMPILED
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+def test_bias_and_gelu_are_as_near_as_the_reference(has_bias: bool, dtype: torch.dtype) -> None:
+    """The dense feed-forward's activation, against fp64; gradients of x and of the bias too."""
+    generator = torch.Generator().manual_seed(7)
+    x, grad = (2 * torch.randn(35, 2, 52, generator=generator, dtype=torch.float64) for _ in range(2))
+    bias = torch.randn(52, generator=generator, dtype=torch.float64)
+
+    def errors(ops: BlockOps) -> list[float]:
+        given = [x.to(dtype), bias.to(dtype)] if has_bias else [x.to(dtype)]
+        exact, rounded = ([each.to(kind).requires_grad_() for each in given] for kind in (torch.float64, dtype))
+        want = REFERENCE.bias_gelu(exact[0], exact[1] if has_bias else None)
+        found = ops.bias_gelu(rounded[0], rounded[1] if has_bias else None)
+        assert found.shape == x.shape
+        assert found.dtype == dtype
+        want.backward(grad.to(dtype).double())
+        found.backward(grad.to(dtype))
+        pairs = [(found, want), *((mine.grad, true.grad) for mine, true in zip(rounded, exact, strict=True))]
+        return [float((mine.detach().double() - true.detach()).norm() / true.detach().norm()) for mine, true in pairs]
+
+    for fast, slow in zip(errors(COMPILED), errors(REFERENCE), strict=True):
+        assert fast <= 2 * slow

@@ -20,19 +20,21 @@ class SharedExpert(nn.Module):
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
         moe, width = build.model.moe, build.model.hidden_size
-        self.is_gated = moe.activation == "swiglu"
+        self.is_gated, self.bias_gelu = moe.activation == "swiglu", build.ops.bias_gelu
         # One product for both matrices of SwiGLU: their local rows lie one after the other.
         names = [f"{name}.{which}" for which in (("gate", "up") if self.is_gated else ("up",))]
-        self.up = column_linear(build, names, width, moe.shared_ffn_size, has_bias=moe.has_bias)
+        self.up = column_linear(
+            build, names, width, moe.shared_ffn_size, has_bias=moe.has_bias, leaves_bias=not self.is_gated
+        )
         self.down = row_linear(build, f"{name}.down", moe.shared_ffn_size, width, has_bias=moe.has_bias)
 
     def forward(self, hidden_tBD: Tensor) -> Tensor:
         """The shared expert's output for this rank's tokens, same shape."""
-        hidden = self.up(hidden_tBD)[0]
+        hidden, bias = self.up(hidden_tBD)
         if self.is_gated:
             gate, up = hidden.chunk(2, dim=-1)
             hidden = torch.nn.functional.silu(gate) * up
         else:
-            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+            hidden = self.bias_gelu(hidden, bias)
         out: Tensor = self.down(hidden)[0]
         return out

@@ -88,9 +88,8 @@ class Linear(nn.Module):
         super().__init__()
         assert parallel_mode in ("column", "row", None)
         assert not fuse_wgrad_accumulation
-        assert not return_bias
         self.tp_group, self.tp_size = tp_group, tp_group.size() if tp_group is not None else tp_size
-        self.parallel_mode, self.use_bias = parallel_mode, bias
+        self.parallel_mode, self.use_bias, self.return_bias = parallel_mode, bias, return_bias
         self.out_features = out_features // (self.tp_size if parallel_mode == "column" else 1)
         self.in_features = in_features // (self.tp_size if parallel_mode == "row" else 1)
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
@@ -106,8 +105,8 @@ class Linear(nn.Module):
 
     def forward(
         self, inp: Tensor, is_first_microbatch: bool | None = None, fp8_output: bool = False, fp8_grad: bool = False
-    ) -> Tensor:
-        """The outputs, with the bias; notes the recipe of the region that it is called in."""
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The outputs, with the bias or beside it; notes the recipe of the region that it is called in."""
         assert is_first_microbatch is None, "eight bits of the matrix would be kept from before the optimizer's step"
         assert inp.dtype == self.weight.dtype, (inp.dtype, self.weight.dtype)
         recipe, weight = FP8GlobalStateManager.get_fp8_recipe(), self.weight
@@ -121,4 +120,6 @@ class Linear(nn.Module):
             out = RoundGradient.apply(out, recipe.fp8_format)
         if self.parallel_mode == "row" and self.tp_size > 1:
             out = Travel.apply(out, self.tp_group, *LEAVE[self.sequence_parallel])
+        if self.return_bias:
+            return out, self.bias
         return out + self.bias if self.use_bias else out
