@@ -22,6 +22,7 @@ from megavid.parallel.gradients import GradientFinisher
 from megavid.parallel.mesh import Mesh
 from megavid.parallel.optimizer import ShardedAdamW, Updates, fragments_of
 from megavid.parallel.placement import Placement, is_owner, placement_of
+from megavid.parallel.weight_gradients import add_in_place
 
 Microbatch = TypeVar("Microbatch")
 
@@ -60,6 +61,8 @@ class Engine(Generic[Microbatch]):
             mcore.DistributedDataParallel(self._transformer, options, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self.chunks)
         ]
+        for chunk in self.chunks:
+            add_in_place(chunk)
         self.optimizer = ShardedAdamW(
             self.config.optimizer,
             self._running,

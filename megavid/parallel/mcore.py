@@ -17,6 +17,7 @@ routers                                   (config, pg_collection)     also ``is_
 ========================================  ==========================  =========================================
 """
 
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,7 @@ with warnings.catch_warnings(), _nothing_compiled():
         scatter_to_sequence_parallel_region,
         scatter_to_tensor_model_parallel_region,
     )
+    from megatron.core.tensor_parallel import layers as parallel_linears
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.moe import moe_utils
@@ -132,6 +134,7 @@ __all__ = [
     "build_moe_layer",
     "close_groups",
     "copy_to_tensor_model_parallel_region",
+    "fuse_weight_gradient",
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
     "get_cuda_rng_tracker",
@@ -299,3 +302,23 @@ def current_device() -> torch.device:
     """The device that megatron-core allocates on: the rank's GPU, or the CPU once ``cpu.install()`` has run."""
     device = torch.cuda.current_device()
     return device if isinstance(device, torch.device) else torch.device("cuda", device)
+
+
+def fuse_weight_gradient(linear: Any, add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> None:
+    """Let a column- or row-parallel linear add its matrix' gradient to ``main_grad`` in its backward pass.
+
+    It is what megatron-core calls gradient accumulation fusion, with a product of our own: it looks for one in
+    ``fused_weight_gradient_mlp_cuda``, an extension of NVIDIA's apex that has to be compiled. What autograd is then
+    given for a gradient is an empty tensor that nobody writes or reads.
+
+    Args:
+        linear: its matrix has a ``main_grad`` in fp32, and is multiplied nowhere else.
+        add_product: (sum so far [O, I], gradient of the output [S, O], input [S, I]), for all linears of the process.
+    """
+
+    def wgrad_gemm_accum_fp32(x_SI: torch.Tensor, grad_SO: torch.Tensor, total_OI: torch.Tensor) -> None:
+        add_product(total_OI, grad_SO, x_SI)
+
+    extension = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+    vars(parallel_linears)["fused_weight_gradient_mlp_cuda"] = extension
+    linear.gradient_accumulation_fusion = True

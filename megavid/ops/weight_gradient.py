@@ -1,0 +1,38 @@
+"""The gradient of a matrix, added to a sum in fp32 by the product that computes it.
+
+Owns the product, and where torch has it. Else a gradient is a new tensor as large as the matrix, written once and read
+again to be added: two ways through memory more, and in bf16 one rounding.
+"""
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+FIRST_MIXED = (2, 10)
+"""torch from which on a product of narrow numbers on a GPU adds to a sum in fp32; before, all three must be alike."""
+
+
+def can_add_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether one product adds to a sum in fp32, of operands of ``dtype`` on ``device``; bf16 on a CPU has none."""
+    if dtype == torch.float32:
+        return True
+    return dtype == torch.bfloat16 and device.type == "cuda" and TorchVersion(torch.__version__) >= FIRST_MIXED
+
+
+def add_product_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
+    """Add ``grad.T @ x``, the gradient of the matrix in ``x @ weight.T``, to ``total``.
+
+    Args:
+        total_OI: the sum so far, fp32; changed in place.
+        grad_SO: gradient of the output, of a dtype that ``can_add_product`` takes.
+        x_SI: the input, in the same dtype.
+    """
+    if x_SI.dtype == total_OI.dtype:
+        torch.addmm(total_OI, grad_SO.t(), x_SI, out=total_OI)
+    else:
+        torch.addmm(total_OI, grad_SO.t(), x_SI, out_dtype=total_OI.dtype, out=total_OI)
+
+
+def add_product_reference_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
+    """The slow, obvious twin of ``add_product_``."""
+    total_OI += grad_SO.t() @ x_SI
