@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from megavid.ops.fp8_linear import Scaling, fp8_grouped_linear
 from megavid.ops.moe_ops import Activate
+from megavid.ops.weight_gradient import GradientSum, add_product_
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -50,6 +51,14 @@ class ExpertScalings(NamedTuple):
     gate: Scaling | None = None
 
 
+class ExpertSums(NamedTuple):
+    """Where the gradients of the three matrices are added, see ``megavid.ops.weight_gradient``; None: autograd's."""
+
+    up: GradientSum | None = None
+    down: GradientSum | None = None
+    gate: GradientSum | None = None
+
+
 def grouped_experts(
     x_SD: Tensor,
     tokens_per_expert: Tensor,
@@ -59,6 +68,7 @@ def grouped_experts(
     first_column: int = 0,
     activate: Activate | None = None,
     scalings: ExpertScalings | None = None,
+    sums: ExpertSums | None = None,
 ) -> Tensor:
     """``probability * (down(activation(up(x) + bias)) + bias)`` of each row's expert.
 
@@ -73,6 +83,8 @@ def grouped_experts(
         first_column: first output column that ``weights.down_bias_eD`` belongs to.
         activate: what is between the products, in one op (``megavid.ops.expert_activation``); None: in plain torch.
         scalings: of the products in FP8; None for wide ones.
+        sums: of the gradients of matrices that are not in FP8; None: autograd gets them. ``tokens_per_expert`` is on
+            the host.
 
     Returns:
         [S, D] in the dtype of ``x_SD``.
@@ -81,9 +93,9 @@ def grouped_experts(
         Every weight gets a gradient of its own shape, zero for an expert without rows.
     """
     rows = _Rows.of(tokens_per_expert, x_SD)
-    scalings = scalings or ExpertScalings()
-    weighted_SM = _hidden(x_SD, weights, probability_S, rows, activate, scalings)
-    out_SD = _linear(weighted_SM, weights.down_eDM, rows, scalings.down)
+    scalings, sums = scalings or ExpertScalings(), sums or ExpertSums()
+    weighted_SM = _hidden(x_SD, weights, probability_S, rows, activate, scalings, sums)
+    out_SD = _linear(weighted_SM, weights.down_eDM, rows, scalings.down, sums.down)
     if weights.down_bias_eD is None:
         return out_SD
     return _add_bias(out_SD, weights.down_bias_eD, probability_S, rows.expert_S, first_column)
@@ -95,12 +107,13 @@ def _hidden(
     probability_S: Tensor,
     rows: "_Rows",
     activate: Activate | None,
-    scalings: "ExpertScalings",
+    scalings: ExpertScalings,
+    sums: ExpertSums,
 ) -> Tensor:
     """Hidden activations times the gate; nothing that autograd does not keep outlives the call."""
     return (activate or activate_plainly)(
-        _linear(x_SD, weights.up_eMD, rows, scalings.up),
-        None if weights.gate_eMD is None else _linear(x_SD, weights.gate_eMD, rows, scalings.gate),
+        _linear(x_SD, weights.up_eMD, rows, scalings.up, sums.up),
+        None if weights.gate_eMD is None else _linear(x_SD, weights.gate_eMD, rows, scalings.gate, sums.gate),
         weights.up_bias_eM,
         weights.gate_bias_eM,
         rows.expert_S,
@@ -168,16 +181,17 @@ class _Rows(NamedTuple):
         return cls(tokens_per_expert, ends, torch.repeat_interleave(numbers, sizes, output_size=x_SD.shape[0]))
 
 
-def _linear(x_SI: Tensor, weight_eOI: Tensor, rows: _Rows, scaling: Scaling | None) -> Tensor:
+def _linear(
+    x_SI: Tensor, weight_eOI: Tensor, rows: _Rows, scaling: Scaling | None, total: GradientSum | None
+) -> Tensor:
     """``x @ weight[expert of the row].T``, in FP8 where there are scales."""
     if scaling is not None:
         return fp8_grouped_linear(x_SI, weight_eOI, rows.sizes.tolist(), scaling)
     if not _is_groupable(x_SI, weight_eOI):
         parts = torch.split(x_SI, rows.sizes.tolist())
         return torch.cat([part @ weight.t() for part, weight in zip(parts, weight_eOI.unbind())])
-    out: Tensor = torch.nn.functional.grouped_mm(x_SI, weight_eOI.transpose(1, 2), offs=rows.ends)
-    contiguous: Tensor = _ContiguousGradient.apply(out)  # type: ignore[no-untyped-call]
-    return contiguous
+    out: Tensor = _GroupedProduct.apply(x_SI, weight_eOI, rows, total)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _is_groupable(x_SI: Tensor, weight_eOI: Tensor) -> bool:
@@ -197,16 +211,43 @@ def _add_bias(x_SM: Tensor, bias_em: Tensor, factor_S: Tensor | None, expert_S: 
     return out
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity; grouped_mm's backward refuses gradients that are expanded or transposed."""
+class _GroupedProduct(torch.autograd.Function):
+    """``grouped_mm`` with the gradients that autograd would take, but where the matrices' sums are at hand.
+
+    Its backward refuses gradients that are expanded or transposed. Experts' gradients are added to their sums one by
+    one: a product over the rows of one expert is as large as its matrix, enough to fill a GPU.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, x_SI: Tensor, weight_eOI: Tensor, rows: _Rows, total: GradientSum | None) -> Tensor:
+        ctx.save_for_backward(x_SI, weight_eOI)
+        ctx.rows, ctx.total = rows, total
+        return _grouped_mm(x_SI, weight_eOI.transpose(1, 2), rows.ends)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+    @once_differentiable
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:
+        x_SI, weight_eOI = ctx.saved_tensors
+        rows, total = ctx.rows, ctx.total
+        grad_SO = grad_SO.contiguous()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _grouped_mm(grad_SO, weight_eOI, rows.ends)
+        if ctx.needs_input_grad[1] and total is None:
+            grad_weight = _grouped_mm(grad_SO.t(), x_SI, rows.ends)
+        elif ctx.needs_input_grad[1]:
+            sizes = rows.sizes.tolist()
+            parts = zip(total.total, torch.split(grad_SO, sizes), torch.split(x_SI, sizes), strict=True)
+            for sum_OI, grad, x in parts:
+                add_product_(sum_OI, grad, x)
+            total.tell()
+            grad_weight = total.stand_in(weight_eOI.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    out: Tensor = torch.nn.functional.grouped_mm(left, right, offs=ends)
+    return out
 
 
 class _AddBiasOfExpert(torch.autograd.Function):

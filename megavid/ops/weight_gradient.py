@@ -1,14 +1,17 @@
 """The gradient of a matrix, added to a sum in fp32 by the product that computes it.
 
-Owns the product, and where torch has it. Else a gradient is a new tensor as large as the matrix, written once and read
-again to be added: two ways through memory more, and in bf16 one rounding.
+Owns the product, where torch has it, and how a backward pass is told of the sum. Else a gradient is a new tensor as
+large as the matrix, written once and read again to be added: two ways through memory more, and in bf16 one rounding.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-FIRST_MIXED = (2, 10)
+FIRST_MIXED = TorchVersion("2.10")
 """torch from which on a product of narrow numbers on a GPU adds to a sum in fp32; before, all three must be alike."""
 
 
@@ -36,3 +39,24 @@ def add_product_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
 def add_product_reference_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
     """The slow, obvious twin of ``add_product_``."""
     total_OI += grad_SO.t() @ x_SI
+
+
+@dataclass(frozen=True)
+class GradientSum:
+    """Where a backward pass adds a parameter's gradient, instead of handing one to autograd.
+
+    Attributes:
+        total: the sum so far, fp32, contiguous, in the parameter's shape.
+        tell: to be called when something was added.
+    """
+
+    total: Tensor
+    tell: Callable[[], None]
+
+    def stand_in(self, dtype: torch.dtype) -> Tensor:
+        """What autograd is given for a gradient: the parameter's shape, memory of the sum, numbers without meaning.
+
+        Args:
+            dtype: the parameter's, no wider than fp32.
+        """
+        return self.total.view(-1).view(dtype)[: self.total.numel()].view(self.total.shape)

@@ -258,7 +258,7 @@ def working_bytes(config: RunConfig, layout: Layout, pp_rank: int, workload: Wor
     if pp_rank == layout.pp - 1:
         worst = max(worst - _head(model, shapes), _temporaries(model, shapes, is_moe=False))
     largest = max(p.numel for chunk in range(layout.vpp) for p in chunk_parameters(model, layout, pp_rank, chunk))
-    return round(worst) + largest * shapes.narrow  # the gradient of one parameter before it is added to the buffer
+    return round(worst) + largest * shapes.narrow  # what autograd is given for one parameter's gradient
 
 
 def _computed_again(

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavid.config.schema import RunConfig
+from megavid.models.moe.experts import GroupedExperts
 from megavid.models.runner import build_engine
 from megavid.parallel import engine as engine_module
 from megavid.parallel import mcore
@@ -23,22 +25,26 @@ PRODUCTS = ("mm", "addmm", "bmm", "_grouped_mm", "grouped_mm")
 
 
 class Results(TorchDispatchMode):
-    """Counts, by shape, the results of products: new tensors, and sums that were added to."""
+    """Counts results by shape: of products that are added to a sum, of other products, and of all new tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.new: Counter[tuple[int, ...]] = Counter()
         self.added: Counter[tuple[int, ...]] = Counter()
+        self.products: Counter[tuple[int, ...]] = Counter()
+        self.new: Counter[tuple[int, ...]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._schema.name.split("::")[-1] in PRODUCTS:
-            (self.added if "out" in (kwargs or {}) else self.new)[tuple(out.shape)] += 1
+        name, returns = func._schema.name.split("::")[-1], func._schema.returns
+        if name in PRODUCTS:
+            (self.added if "out" in (kwargs or {}) else self.products)[tuple(out.shape)] += 1
+        if len(returns) == 1 and returns[0].alias_info is None and isinstance(out, Tensor):
+            self.new[tuple(out.shape)] += 1
         return out
 
 
 def gradients(mesh: Mesh, config: RunConfig, add_in_place: Callable[[Any], None]) -> dict[str, Any]:
-    """Sums of a step's gradients on this rank, and how many products had the shape of a linear's matrix."""
+    """Sums of a step's gradients on this rank, and how many results had the shapes of matrices."""
     original, vars(engine_module)["add_in_place"] = engine_module.add_in_place, add_in_place
     try:
         engine = build_engine(config, mesh)
@@ -47,14 +53,19 @@ def gradients(mesh: Mesh, config: RunConfig, add_in_place: Callable[[Any], None]
     initialize(engine)
     with Results() as results:
         take_step(engine, 0)
-    trained = [parameter for parameter in engine.parameters() if parameter.requires_grad]
-    linears = [m for chunk in engine.chunks for m in chunk.modules() if is_linear(m) and m.weight.requires_grad]
-    shapes = {tuple(linear.weight.shape) for linear in linears}
+    modules = [module for chunk in engine.chunks for module in chunk.modules()]
+    linears = [module.weight for module in modules if is_linear(module)]
+    experts = [matrix for module in modules if isinstance(module, GroupedExperts) for matrix in module.matrices()]
+    times = 4 // config.train.micro_batch_size // mesh.size("dp")
+    shapes, stacks = ({tuple(matrix.shape) for matrix in matrices} for matrices in (linears, experts))
+    each = shapes | {stack[1:] for stack in stacks}
     return {
-        "sums": {placement_of(p).pieces[0].name: gradient_of(p).clone() for p in trained},
-        "products": len(linears) * (4 // config.train.micro_batch_size // mesh.size("dp")),
-        "new": sum(results.new[shape] for shape in shapes),
-        "added": sum(results.added[shape] for shape in shapes),
+        "sums": {placement_of(p).pieces[0].name: gradient_of(p).clone() for p in engine.parameters()},
+        "matrices": times * len(linears + experts),
+        "products": sum(results.products[shape] for shape in shapes | stacks),
+        "wanted": times * (len(linears) + sum(len(matrix) for matrix in experts)),
+        "added": sum(results.added[shape] for shape in each),
+        "of experts": sum(results.new[stack] for stack in stacks),
     }
 
 
@@ -87,6 +98,9 @@ def test_sums_are_those_of_gradients_that_were_added(pool: RankPool, name: str) 
         for tensor, sums in slow["sums"].items():
             gap, scale = float((fast["sums"][tensor] - sums).abs().max()), float(sums.abs().max())
             assert gap <= 2e-6 * scale + 1e-9, f"{tensor}: off by {gap:.1e} of {scale:.1e}"
-        # Embedders, which are no linears of megatron-core, have matrices of the same shapes.
-        assert fast["added"] == slow["new"] - fast["new"] == fast["products"] > 0
         assert slow["added"] == 0
+        assert fast["added"] == fast["wanted"] > 0
+        # Embedders, which are no linears of megatron-core, have matrices of the same shapes.
+        assert slow["products"] - fast["products"] == slow["matrices"]
+        # A linear gives autograd an empty tensor; experts need not even that.
+        assert fast["of experts"] == 0

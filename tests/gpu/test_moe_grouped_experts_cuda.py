@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megavid.ops.grouped_experts import grouped_experts, grouped_experts_reference
-from tests.unit.test_moe_grouped_experts import LOADS, make_rows, make_weights
+from megavid.ops.weight_gradient import can_add_product
+from tests.unit.test_moe_grouped_experts import LOADS, make_rows, make_weights, sums_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -26,3 +27,13 @@ def test_grouped_experts_on_a_gpu_equal_their_slow_twin(
         results.append([out, *(leaf.grad for leaf in leaves)])
     for fast, slow in zip(*results):
         torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_gradients_are_added_to_the_sums_at_hand_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
+    if not can_add_product(dtype, torch.device("cuda")):
+        pytest.skip("this torch adds no product of bf16 to fp32")
+    totals, gradients, told = sums_and_gradients([5, 0, 7], dtype, "cuda")
+    assert told == 3
+    for total, gradient in zip(totals, gradients, strict=True):
+        torch.testing.assert_close(total, 1 + gradient.float(), rtol=tolerance, atol=tolerance)

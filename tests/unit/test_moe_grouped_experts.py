@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megavid.ops.compiled import why_not_compiled
 from megavid.ops.expert_activation import expert_activation_op
-from megavid.ops.grouped_experts import ExpertWeights, grouped_experts, grouped_experts_reference
+from megavid.ops.grouped_experts import ExpertSums, ExpertWeights, grouped_experts, grouped_experts_reference
+from megavid.ops.weight_gradient import GradientSum
 
 LOADS = {
     "even": [4, 4, 4],
@@ -77,6 +78,34 @@ def test_expert_without_rows_gets_gradients_of_zero(dtype: torch.dtype) -> None:
         assert weight.grad.shape == weight.shape
         assert weight.grad[1].abs().max() == 0
         assert weight.grad[0].abs().max() > 0
+
+
+def sums_and_gradients(load: list[int], dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor], int]:
+    """Sums of the three matrices' gradients, begun at 1, those gradients from autograd, and how often a sum told."""
+    weights, (x, sizes, probability) = make_weights("swiglu", True, dtype), make_rows(load, dtype)
+    weights = ExpertWeights(*(None if w is None else w.detach().to(device).requires_grad_() for w in weights))
+    x, probability = x.detach().to(device), probability.detach().to(device)
+    matrices = [weights.up_eMD, weights.down_eDM, weights.gate_eMD]
+    told: list[None] = []
+    totals = [torch.ones_like(matrix, dtype=torch.float32) for matrix in matrices if matrix is not None]
+    sums = ExpertSums(*(GradientSum(total, lambda: told.append(None)) for total in totals))
+    found = []
+    for where in (None, sums):
+        out = grouped_experts(x, sizes, weights, probability, sums=where)
+        loss = (out.double() * torch.linspace(-1, 1, 16, dtype=torch.float64, device=device)).sum()
+        found.append(torch.autograd.grad(loss, [matrix for matrix in matrices if matrix is not None]))
+    for matrix, stand_in in zip(matrices, found[1], strict=True):
+        assert matrix is not None
+        assert (stand_in.shape, stand_in.dtype) == (matrix.shape, dtype)
+    return totals, list(found[0]), len(told)
+
+
+@pytest.mark.parametrize("load", [[4, 4, 4], [5, 0, 7], [0, 12, 0]])
+def test_gradients_are_added_to_the_sums_at_hand(load: list[int]) -> None:
+    totals, gradients, told = sums_and_gradients(load, torch.float32, "cpu")
+    assert told == 3
+    for total, gradient in zip(totals, gradients, strict=True):
+        torch.testing.assert_close(total, 1 + gradient, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_of_grouped_experts_are_those_of_finite_differences() -> None:

@@ -13,11 +13,12 @@ from torch.distributed import ProcessGroup
 from megavid.errors import ConfigError
 from megavid.models.build import Build
 from megavid.models.fp8 import Fp8Build
-from megavid.ops.grouped_experts import ExpertScalings, ExpertWeights, grouped_experts
+from megavid.ops.grouped_experts import ExpertScalings, ExpertSums, ExpertWeights, grouped_experts
 from megavid.parallel.placement import Init, Piece, Placement, place
+from megavid.parallel.weight_gradients import AddsInPlace, sum_of
 
 
-class GroupedExperts(nn.Module):
+class GroupedExperts(AddsInPlace):
     """Routed experts ``ep_rank * e`` to ``(ep_rank + 1) * e - 1`` of a layer, this rank's part of their hidden units.
 
     Args:
@@ -81,8 +82,18 @@ class GroupedExperts(nn.Module):
             first_column=self.first_column,
             activate=self.activate,
             scalings=ExpertScalings(**self.scalings) if self.scalings else None,
+            sums=self._sums() if self.is_in_place else None,
         )
         return out_SD, None
+
+    def matrices(self) -> list[nn.Parameter]:
+        """See ``AddsInPlace``; in FP8 there are none."""
+        matrices = (self.up_weight, self.down_weight, self.gate_weight)
+        return [] if self.scalings else [matrix for matrix in matrices if matrix is not None]
+
+    def _sums(self) -> ExpertSums:
+        gate = None if self.gate_weight is None else sum_of(self.gate_weight)
+        return ExpertSums(sum_of(self.up_weight), sum_of(self.down_weight), gate)
 
     def _matrix(self, build: Build, which: str, rows: int, columns: int) -> nn.Parameter:
         """Matrix ``which`` of the local experts; hidden units are rows of ``up`` and ``gate``, columns of ``down``."""
