@@ -5,6 +5,7 @@ Owns when weights are averaged for them and what they write. They talk to other 
 
 import contextlib
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -22,6 +23,8 @@ from megavid.training.validation import ValidationLoss, validation_loss
 
 SMALL_METRICS_BYTES = 8 << 20
 """Beyond this the loss plot is drawn at the end only, so that ranks do not wait for it at every checkpoint."""
+PLOT_INTERVAL_S = 60.0
+"""The loss plot is drawn at a checkpoint when the last one is so old: drawing takes as long as many a checkpoint."""
 MAX_PROMPTS = 8
 """Prompts of a picture grid where the config names none: captions of the first held-out clips."""
 
@@ -79,12 +82,19 @@ class PictureGrid(Callback):
 
 
 class LossPlot(Callback):
-    """loss.png, drawn anew at each checkpoint and at the end (rank 0)."""
+    """loss.png, drawn at checkpoints, at most once a minute, and at the end (rank 0)."""
+
+    def before_training(self, run: Run) -> None:
+        """A minute from now on."""
+        self._drawn_s = time.monotonic()
 
     def before_save(self, run: Run) -> None:
-        """Draw it, while that takes a moment only."""
+        """Draw it, where the last one is old, and while that takes a moment only."""
+        if time.monotonic() - self._drawn_s < PLOT_INTERVAL_S:
+            return
         if run.run_dir.metrics_file.stat().st_size < SMALL_METRICS_BYTES:
             self._draw(run)
+            self._drawn_s = time.monotonic()
 
     def after_training(self, run: Run) -> None:
         """Draw it a last time."""

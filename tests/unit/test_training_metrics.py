@@ -5,14 +5,18 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from megavid.errors import DataError
+from megavid.training import reports
+from megavid.training.callbacks import Run
 from megavid.training.metrics import MetricsFile, cut_after, read_rows
 from megavid.training.plots import smooth, still_true
+from megavid.training.run_dir import RunDir
 
 
 def load_tool(name: str) -> ModuleType:
@@ -81,6 +85,22 @@ def test_events_of_steps_that_were_taken_again_are_left_out() -> None:
     rows += [("rolled_back", 3), ("validated", 4)]
     kept = still_true([{"event": name, "step": step, "place": n} for n, (name, step) in enumerate(rows)])
     assert [event["place"] for event in kept] == [0, 1, 3, 5, 6]
+
+
+def test_the_plot_is_drawn_at_checkpoints_once_a_minute_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, drawn = [100.0], list[float]()
+    monkeypatch.setattr(reports, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(reports.LossPlot, "_draw", lambda *_: drawn.append(clock[0]))
+    run = cast(Run, SimpleNamespace(run_dir=RunDir(tmp_path)))
+    run.run_dir.metrics_file.write_text("a row\n")
+    plot = reports.LossPlot()
+    plot.before_training(run)
+    for clock[0] in (110.0, 159.0, 161.0, 162.0, 220.0, 221.5):
+        plot.before_save(run)
+    plot.after_training(run)
+    assert drawn == [161.0, 221.5, 221.5]
 
 
 def test_loss_compare_names_the_first_step_and_the_worst(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
