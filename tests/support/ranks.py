@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch._dynamo  # the first optimizer imports it, in every rank for itself where the warm process has not
 import torch.distributed as dist
 
 from megavid.parallel import cpu, mcore

@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from tests.support.faults import Fault, install
 MODULES = (
     "megavid.cli.main", "megavid.cli.train", "megavid.cli.profile", "megavid.training.run",
     "megavid.training.sample_run", "megavid.training.profile_report", "megavid.training.replay",
-    "megavid.training.diff", "megavid.training.plots", "torch.utils.tensorboard",
+    "megavid.training.diff", "megavid.training.plots", "torch.utils.tensorboard", "torch._dynamo",
+    "matplotlib.backends.backend_agg",
 )  # fmt: skip
+"""What commands import, also late: torch's compiler alone, which the first optimizer imports, takes a second or two."""
 
 
 @dataclass
@@ -145,6 +148,7 @@ def serve() -> None:
     silence_known_warnings()
     for module in MODULES:
         importlib.import_module(module)
+    _draw_once()
     running: set[int] = set()
     while True:
         if select.select([sys.stdin], [], [], 0.02)[0]:
@@ -158,6 +162,14 @@ def serve() -> None:
             if ended:
                 running.remove(pid)
                 print(json.dumps({"ended": pid, "status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+def _draw_once() -> None:
+    """So that the commands find matplotlib's fonts and formats of pictures already read."""
+    from megavid.training.plots import plot_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        plot_run([{"step": step, "loss": 1.0 / step, "grad_norm": 1.0} for step in (1, 2)], [], Path(folder) / "a.png")
 
 
 def _fork(request: dict[str, Any]) -> int:
