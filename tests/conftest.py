@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the pool of ranks. And how workers share the tests (``pytest -n``, as the Makefile has it)."""
+"""Fixtures of all tests: ranks, and the parent of commands. And how workers share the tests (``pytest -n``)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from tests.support.ranks import RankPool
+    from tests.support.warm_parent import WarmParent
 
 POOL = pytest.StashKey[Any]()
 
@@ -47,3 +48,12 @@ def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     ranks = request.config.stash[POOL]
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
+    """Where commands are forked from. Importing everything takes seconds, a fork of it none."""
+    from tests.support.warm_parent import WarmParent
+
+    with WarmParent(tmp_path_factory.mktemp("commands")) as parent:
+        yield parent

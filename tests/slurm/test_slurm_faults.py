@@ -34,11 +34,10 @@ def rows(out: Path) -> list[tuple[object, ...]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[object, ...]]:
+def undisturbed(warm: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[object, ...]]:
     """The rows of the same run on two ranks of this machine."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    with WarmParent(folder) as warm:
-        done = warm.run("train", "tiny", "--out", str(folder / "run"), "--ranks", "2", *FLAGS)
+    done = warm.run("train", "tiny", "--out", str(folder / "run"), "--ranks", "2", *FLAGS)
     assert done.returncode == 0, done.stderr
     return rows(folder / "run")
 

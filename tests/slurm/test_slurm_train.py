@@ -34,11 +34,9 @@ def packed_environment(tmp_path: Path) -> Path:
     return tmp_path / "venv.tar"
 
 
-def test_two_nodes_train_the_curve_of_one_process(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_two_nodes_train_the_curve_of_one_process(cluster: SlurmCluster, warm: WarmParent, tmp_path: Path) -> None:
     """Their Python environment is unpacked on each node first."""
-    (tmp_path / "commands").mkdir()
-    with WarmParent(tmp_path / "commands") as warm:
-        alone = warm.run("train", "tiny", "--out", str(tmp_path / "alone"), *FLAGS)
+    alone = warm.run("train", "tiny", "--out", str(tmp_path / "alone"), *FLAGS)
     assert alone.returncode == 0, alone.stderr
     out = tmp_path / "run"
     job = cluster.submit(
