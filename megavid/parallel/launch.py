@@ -5,6 +5,7 @@ one that fails ends the others. Who a rank is and how it joins the others is ``m
 names pass through here; axes and groups are ``megavid.parallel.mesh``'s.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -83,6 +84,9 @@ def run_local_ranks(
     if num_ranks == 1:
         entry(RankEnv())
         return
+    if device == "cpu":
+        # The first optimizer imports it, 1.3 s of CPU, in every rank for itself where the launcher has not.
+        importlib.import_module("torch._dynamo")
     context = get_context("fork" if device == "cpu" else "spawn")
     ranks: list[_LocalRank] = []
     passed_on: list[int] = []
