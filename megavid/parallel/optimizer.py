@@ -195,14 +195,19 @@ class ShardedAdamW(Updates):
             for group in part.optimizer.param_groups:
                 group["lr"] = learning_rate
                 group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
-            if self.config.clip_norm > 0:
-                _clip_(
-                    [p.grad for p in part.get_parameters() if p.grad is not None], self.config.clip_norm, gradient_norm
-                )
+            # What the fused kernel divides gradients by, in the pass that reads them for the update.
+            part.optimizer.grad_scale = self._divisor(gradient_norm)
         self._chained.step_with_ready_grads()
         self.updates += 1
         with region("average"):
             self._move_average()
+
+    def _divisor(self, gradient_norm: float) -> Tensor | None:
+        """By what the gradient is too long; None where it is not, or is not clipped."""
+        limit = self.config.clip_norm
+        if limit <= 0 or gradient_norm + 1e-6 <= limit:
+            return None
+        return torch.tensor((gradient_norm + 1e-6) / limit, dtype=torch.float32, device=self.mesh.device)
 
     @in_region("zero_gradients")
     def zero_grad(self) -> None:
@@ -225,16 +230,6 @@ class ShardedAdamW(Updates):
             if parameter.requires_grad and not torch.isfinite(gradient_of(parameter)).all():
                 found += [piece.name for piece in placement_of(parameter).pieces]
         return found
-
-
-def _clip_(gradients: list[Tensor], limit: float, norm: float) -> None:
-    """Scale gradients whose joint norm is above ``limit`` down to it, in place.
-
-    megatron-core's own does the same in a product and a copy where there is no Apex and no Transformer Engine.
-    """
-    factor = limit / (norm + 1e-6)
-    if factor < 1.0 and gradients:
-        torch._foreach_mul_(gradients, factor)
 
 
 def _masters_of(part: Any) -> dict[torch.nn.Parameter, Tensor]:
