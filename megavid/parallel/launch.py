@@ -90,6 +90,7 @@ def run_local_ranks(
     context = get_context("fork" if device == "cpu" else "spawn")
     ranks: list[_LocalRank] = []
     passed_on: list[int] = []
+    store: Any = None
     with _signals_passed_on(ranks, passed_on):
         try:
             # A signal in a fresh child must not run the launcher's handler: it waits until the child has its own.
@@ -104,6 +105,9 @@ def run_local_ranks(
             failures = _watch(ranks)
         finally:
             _end(ranks)
+            # An error's traceback keeps this frame. Were the store in it, a rank forked later might collect it, and
+            # wait for ever for its thread, which only this process has.
+            store = None
     if failures:
         _raise_first(failures, passed_on, {local.rank: epitaph(local.process.pid or 0) for local in ranks})
 
