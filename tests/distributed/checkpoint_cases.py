@@ -1,6 +1,6 @@
 """What real ranks do in ``test_checkpoint_ranks``.
 
-Run as ``python -m tests.distributed.checkpoint_cases CASE FOLDER``.
+Run as the module ``tests.distributed.checkpoint_cases CASE FOLDER``, in a process of its own.
 """
 
 import os

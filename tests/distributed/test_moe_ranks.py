@@ -4,28 +4,15 @@ Outputs, input gradients, every weight gradient and the statistics; dispatch the
 lost; experts without tokens; all tokens to one expert; padding goes nowhere; both dispatchers; recomputation.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.warm_parent import WarmParent
 
 
 @pytest.fixture(scope="module")
-def ladder() -> tuple[list[str], list[str], str]:
+def ladder(warm: WarmParent) -> tuple[list[str], list[str], str]:
     """Cases wanted, cases done, and what the ranks said on stderr; they run once for all sizes."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.distributed.moe_cases"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = warm.run_module("tests.distributed.moe_cases")
     lines = done.stdout.splitlines()
     wanted, finished = ([line[5:] for line in lines if line.startswith(word)] for word in ("want ", "done "))
     return wanted, finished, done.stderr[-6000:]

@@ -1,13 +1,10 @@
 """The closed form of parameter counts equals the built model: every preset, and layouts up to a thousand ranks."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 from megavid.config.load import preset_names
+from tests.support.warm_parent import WarmParent
 
-ROOT = Path(__file__).parents[2]
 Case = tuple[str, list[str], int, int]
 
 
@@ -35,36 +32,34 @@ LARGE_LAYOUTS = [
 ]
 
 
-def _run(cases: list[Case]) -> list[dict[str, object]]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.built_counts"]
-    done = subprocess.run(
-        command, input=json.dumps(cases), capture_output=True, text=True, timeout=300, check=False, cwd=ROOT
-    )
+def _run(warm: WarmParent, cases: list[Case]) -> list[dict[str, object]]:
+    done = warm.run_module("tests.support.built_counts", stdin=json.dumps(cases))
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def _check(cases: list[Case]) -> None:
-    answers = _run(cases)
+def _check(warm: WarmParent, cases: list[Case]) -> None:
+    answers = _run(warm, cases)
     assert len(answers) == len(cases)
     for case, answer in zip(cases, answers):
         assert (answer["wrong"], answer["missing"]) == ([], []), case
         assert answer["planned"] == answer["built"], case
 
 
-def test_every_preset_on_one_rank() -> None:
-    _check([(preset, _flags(), 1, 0) for preset in preset_names()])
+def test_every_preset_on_one_rank(warm: WarmParent) -> None:
+    _check(warm, [(preset, _flags(), 1, 0) for preset in preset_names()])
 
 
-def test_every_rank_of_small_layouts() -> None:
-    _check([("tiny", _flags(**degrees), world, rank) for world, degrees in TINY_LAYOUTS for rank in range(world)])
+def test_every_rank_of_small_layouts(warm: WarmParent) -> None:
+    _check(warm, [("tiny", _flags(**degrees), world, rank) for world, degrees in TINY_LAYOUTS for rank in range(world)])
 
 
-def test_first_middle_and_last_ranks_of_large_layouts() -> None:
+def test_first_middle_and_last_ranks_of_large_layouts(warm: WarmParent) -> None:
     _check(
+        warm,
         [
             (preset, _flags(**degrees), world, rank)
             for preset, world, degrees in LARGE_LAYOUTS
             for rank in (0, 1, world // 2 + 3, world - 1)
-        ]
+        ],
     )

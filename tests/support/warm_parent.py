@@ -1,4 +1,4 @@
-"""A process that has imported megavid and forks a ``megavid`` command when asked: milliseconds instead of seconds.
+"""A process that has imported megavid and forks a ``megavid`` command, or runs a module, when asked: in milliseconds.
 
 Owns the little protocol between the tests and that process. Each command runs in a fork of its own, with its own
 output files, signals and limits, as if it had been started by a shell. Run as a script, this file is that process: a
@@ -9,12 +9,14 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -89,14 +91,15 @@ class WarmParent:
         self, *argv: str, file_bytes: int = 0, fault: Fault | None = None, environ: dict[str, str] | None = None
     ) -> Command:
         """Start ``megavid ARGV``; ``file_bytes`` limits the size of its files (a full disk), 0 for no limit."""
+        limits = {"file_bytes": file_bytes, "fault": fault and fault.to_json()}
+        return self._start({"argv": argv, "environ": environ or {}, **limits})
+
+    def _start(self, request: dict[str, Any]) -> Command:
         folder = self.folder / str(len(self.commands))
         folder.mkdir()
         assert self._process.stdin is not None
-        request = {
-            "argv": argv, "folder": str(folder), "file_bytes": file_bytes, "fault": fault and fault.to_json(),
-            "environ": environ or {},
-        }  # fmt: skip
-        self._process.stdin.write(json.dumps(request) + "\n")
+        (folder / "stdin").write_text(request.pop("stdin", ""))
+        self._process.stdin.write(json.dumps({**request, "folder": str(folder)}) + "\n")
         self._process.stdin.flush()
         while not self._started:
             self.look(60.0)
@@ -109,6 +112,12 @@ class WarmParent:
         """Start it and wait for its end."""
         command = self.start(*argv, file_bytes=file_bytes, fault=fault)
         command.wait()
+        return command
+
+    def run_module(self, name: str, *argv: str, stdin: str = "", timeout_s: float = 300.0) -> Command:
+        """Run ``python -m NAME ARGV`` and wait for its end."""
+        command = self._start({"module": name, "argv": argv, "stdin": stdin})
+        command.wait(timeout_s)
         return command
 
     def look(self, timeout_s: float) -> None:
@@ -181,23 +190,38 @@ def _fork(request: dict[str, Any]) -> int:
         folder = Path(request["folder"])
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        if request["file_bytes"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
-        os.environ.update(request["environ"])
-        if request["fault"]:
-            install(request["fault"])
-        from megavid.cli.main import main
-
-        try:
-            status = main(request["argv"])
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
+        os.dup2(os.open(folder / "stdin", os.O_RDONLY), 0)
+        status = _module(request) if "module" in request else _command(request)
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(status)
     raise AssertionError("unreachable")
+
+
+def _command(request: dict[str, Any]) -> int:
+    if request["file_bytes"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+    os.environ.update(request["environ"])
+    if request["fault"]:
+        install(request["fault"])
+    from megavid.cli.main import main
+
+    try:
+        return main(request["argv"])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+
+
+def _module(request: dict[str, Any]) -> int:
+    sys.argv = [request["module"], *request["argv"]]
+    sys.stdin = os.fdopen(0)
+    try:
+        runpy.run_module(request["module"], run_name="__main__")
+    except Exception:  # what Python does with one that nobody catches
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
