@@ -1,4 +1,4 @@
-// The ops that every device has, each with its backward pass: one list, so that no binding leaves one out.
+// The ops that every device has, most with their backward pass: one list, so that no binding leaves one out.
 #pragma once
 
 #include <torch/library.h>
@@ -20,3 +20,9 @@
   MEGAVID_IMPL(m, moe_permute) \
   MEGAVID_IMPL(m, moe_unpermute) \
   MEGAVID_IMPL(m, router_topk)
+
+// Without gradients: what is in eight bits has none.
+#define MEGAVID_IMPL_FP8(m)                                   \
+  m.impl("fp8_amax", &megavid::fp8_amax);                     \
+  m.impl("quantize_fp8", &megavid::quantize_fp8);             \
+  m.impl("quantize_fp8_tiles", &megavid::quantize_fp8_tiles);

@@ -175,4 +175,37 @@ constexpr int64_t kCountTokens = 1024;
 // Added to a sum of scores before it divides; megavid.ops.moe_math.SMALLEST_SUM.
 constexpr float kSmallestSum = 1e-20f;
 
+// One call of fp8_amax or quantize_fp8 over n numbers, in the order they stand in memory.
+struct QuantizeFp8 {
+  const void* x;       // [n], fp32 or bf16
+  const float* scale;  // [1] a power of two
+  uint8_t* data;       // [n] bytes of e4m3 or e5m2
+  float* amax;         // [chunks] largest magnitude of each kAmaxNumbers numbers
+  int64_t numbers;     // n
+  bool is_bf16;
+  bool is_e5m2;
+};
+
+constexpr int64_t kAmaxNumbers = 16384;
+
+// One call of quantize_fp8_tiles over B matrices of H rows of W numbers, as they stand in memory.
+struct QuantizeFp8Tiles {
+  const void* x;         // [B, H, W] with matrices x_matrix and rows x_row apart, fp32 or bf16
+  int64_t x_matrix;
+  int64_t x_row;
+  uint8_t* data;         // [B, H, W], or transposed [B, W, H]
+  float* scale;          // [B, ceil(H / tile_rows), ceil(W / tile_columns)], transposed likewise; or null:
+  uint8_t* scale_byte;   // its exponent instead, as e8m0
+  int64_t matrices;      // B
+  int64_t rows;          // H
+  int64_t width;         // W
+  int64_t tile_rows;     // each a power of two, kTileSide at most
+  int64_t tile_columns;
+  bool is_transposed;    // write the transposed matrices
+  bool is_bf16;
+  bool is_e5m2;
+};
+
+constexpr int64_t kTileSide = 128;
+
 }  // namespace megavid

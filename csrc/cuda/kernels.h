@@ -44,4 +44,8 @@ cudaError_t megavid_cuda_moe_gather(const megavid::MoeRows*, int64_t rows, cudaS
 cudaError_t megavid_cuda_moe_combine(const megavid::MoeRows*, int64_t tokens, cudaStream_t);
 cudaError_t megavid_cuda_router_topk_forward(const megavid::RouterTopk*, cudaStream_t);
 cudaError_t megavid_cuda_router_topk_backward(const megavid::RouterTopk*, cudaStream_t);
+// Blocks of kAmaxNumbers numbers.
+cudaError_t megavid_cuda_fp8_amax(const megavid::QuantizeFp8*, int64_t blocks, cudaStream_t);
+cudaError_t megavid_cuda_quantize_fp8(const megavid::QuantizeFp8*, int64_t blocks, cudaStream_t);
+cudaError_t megavid_cuda_quantize_fp8_tiles(const megavid::QuantizeFp8Tiles*, cudaStream_t);
 }

@@ -32,7 +32,7 @@ class Build:
         mesh: who stands where.
         is_first_chunk: this is the first chunk of the first stage, whose copies of replicated parameters count.
         attention_backend: ``parallel.attention_backend``.
-        ops: what is computed between matrix products and attention, as ``train.ops`` chose.
+        ops: what is computed between matrix products and attention, and rounds to eight bits, as ``train.ops`` chose.
         capture: the same ops for calls whose shapes repeat in every block and step, as ``train.capture`` chose.
         lora: which matrices get adapters.
         precision: the run's number formats.
@@ -53,7 +53,7 @@ class Build:
     def in_block(self, layer: int) -> "Build":
         """The record for the layers of block ``layer`` (from 0)."""
         is_fp8 = self.precision.is_fp8_layer(layer, self.model.num_layers)
-        return replace(self, fp8=Fp8Build.of(self.precision, self.device) if is_fp8 else None)
+        return replace(self, fp8=Fp8Build.of(self.precision, self.device, self.ops.fp8) if is_fp8 else None)
 
     @property
     def is_te(self) -> bool:

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavid.config.schema import PrecisionConfig
-from megavid.ops.fp8 import LARGEST_BYTE, Quantized, amax_of, dequantize, scale_of
+from megavid.ops.fp8 import LARGEST_BYTE, Quantized, dequantize, scale_of
 from megavid.ops.fp8_linear import ROLES, Recipe, Role, fp8_linear
+from megavid.ops.fp8_ops import Fp8Ops
 from megavid.parallel import mcore
 
 FIGURES = ("numbers", "underflow", "overflow", "error", "size")
@@ -58,7 +59,7 @@ class Fp8Scaling(nn.Module):
         """
         if self.recipe.has_tiles:
             return dict.fromkeys(tensors)
-        amaxes = torch.stack([amax_of(x) for x in tensors.values()])
+        amaxes = torch.stack([self.recipe.ops.amax(x) for x in tensors.values()])
         if self.recipe.name == "tensorwise":
             if self.group.size() > 1:
                 dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=self.group)
@@ -109,12 +110,12 @@ class Fp8Build:
     device: torch.device
 
     @classmethod
-    def of(cls, precision: PrecisionConfig, device: torch.device) -> "Fp8Build | None":
-        """The record of a run; None where it has no FP8."""
+    def of(cls, precision: PrecisionConfig, device: torch.device, ops: Fp8Ops) -> "Fp8Build | None":
+        """The record of a run whose numbers are rounded by ``ops``; None where it has no FP8."""
         if precision.fp8 == "off":
             return None
-        recipe = Recipe.of(precision.fp8, precision.fp8_gradients)
-        experts = recipe if precision.fp8_experts == "same" else Recipe.of(precision.fp8_experts, "e4m3")
+        recipe = Recipe.of(precision.fp8, precision.fp8_gradients, ops)
+        experts = recipe if precision.fp8_experts == "same" else Recipe.of(precision.fp8_experts, "e4m3", ops)
         return cls(recipe, experts, precision.fp8_history, device)
 
     def scaling(self, name: str, group: dist.ProcessGroup, *, is_expert: bool = False) -> Fp8Scaling:

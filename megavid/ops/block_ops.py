@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megavid.ops.expert_activation import expert_activation_op
+from megavid.ops.fp8_ops import COMPILED_FP8, REFERENCE_FP8, Fp8Ops
 from megavid.ops.gated_residual import gated_residual_op
 from megavid.ops.gated_residual_norm import gated_residual_norm_op
 from megavid.ops.modulated_norm import modulated_norm_op
@@ -42,6 +43,7 @@ class BlockOps:
             over ``width`` numbers and rotated, [T, B, N, A].
         bias_gelu: (x_tBM, bias_M or None) to GELU-tanh of x + bias, between the matrices of a dense feed-forward.
         moe: what an expert layer computes.
+        fp8: how operands of products in FP8 are rounded.
     """
 
     name: Literal["reference", "compiled"]
@@ -54,6 +56,7 @@ class BlockOps:
     norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
     bias_gelu: Callable[[Tensor, Tensor | None], Tensor]
     moe: MoEOps
+    fp8: Fp8Ops
 
 
 # The references
@@ -99,6 +102,7 @@ REFERENCE = BlockOps(
     _norm_rope,
     _bias_gelu,
     REFERENCE_MOE,
+    REFERENCE_FP8,
 )
 
 
@@ -175,4 +179,5 @@ COMPILED = BlockOps(
     _compiled_norm_rope,
     _compiled_bias_gelu,
     COMPILED_MOE,
+    COMPILED_FP8,
 )

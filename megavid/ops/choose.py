@@ -16,6 +16,7 @@ from megavid.errors import ConfigError
 from megavid.ops.block_ops import COMPILED, REFERENCE, BlockOps
 from megavid.ops.compiled import why_not_compiled_for
 from megavid.ops.expert_activation import expert_activation_op, expert_activation_reference
+from megavid.ops.fp8 import E4M3, E5M2, E8M0, dequantize
 from megavid.ops.moe_permute import moe_permute_op, moe_permute_reference, moe_unpermute_op, moe_unpermute_reference
 
 Choice = Literal["auto", "reference", "compiled"]
@@ -72,7 +73,8 @@ def _numbers(op: Callable[..., Any], given: tuple[Tensor, ...]) -> list[Tensor]:
     learnt = [x for x in results if x.requires_grad]
     # Not all alike, so that rows or columns in another order show; the same for both sides.
     towards = [torch.linspace(-1.0, 1.0, x.numel(), device=x.device).view_as(x).to(x.dtype) for x in learnt]
-    torch.autograd.backward(learnt, towards)
+    if learnt:
+        torch.autograd.backward(learnt, towards)
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x.requires_grad]
     return [x.detach().float() for x in (*results, *gradients)]
 
@@ -104,6 +106,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         plain, compiled = (_with(getattr(ops, name), extra) for ops in (REFERENCE, COMPILED))
         yield name, plain, compiled, given
     yield from _moe_cases(normal, below, tokens, dtype)
+    yield from _fp8_cases(x[:, 0])
 
 
 def _moe_cases(
@@ -130,6 +133,27 @@ def _moe_cases(
     where = moe_permute_reference(rows, scores, routing, num_rows, 1)[2:5]
     given = (normal(num_rows, WIDTH, of=dtype), normal(num_rows).sigmoid(), *where)
     yield "moe_unpermute", moe_unpermute_reference, moe_unpermute_op, given
+
+
+def _fp8_cases(x: Tensor) -> Iterator[Case]:
+    """Rounding to eight bits, which has no gradient: the numbers that are left of tokens."""
+
+    def amax(ops: BlockOps) -> Callable[..., Any]:
+        return lambda x: ops.fp8.amax(x.detach())
+
+    def one(ops: BlockOps) -> Callable[..., Any]:
+        return lambda x: dequantize(ops.fp8.quantize(x.detach(), torch.full((), 2.0**-6, device=x.device), E5M2))
+
+    def tiles(ops: BlockOps) -> Callable[..., Any]:
+        def call(x: Tensor) -> tuple[Tensor, Tensor]:
+            x, turned = x.detach(), x.detach().t()
+            along = ops.fp8.quantize_tiles(x, (1, 32), E4M3, scale_dtype=E8M0)
+            return dequantize(along), dequantize(ops.fp8.quantize_tiles(turned, (1, 128), E4M3))
+
+        return call
+
+    for name, case in (("fp8_amax", amax), ("quantize_fp8", one), ("quantize_fp8_tiles", tiles)):
+        yield name, case(REFERENCE), case(COMPILED), (x,)
 
 
 def _with(op: Callable[..., Any], extra: tuple[Any, ...]) -> Callable[..., Any]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized, quantize, quantize_tiles, scaled_matmul
+from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized, scaled_matmul
+from megavid.ops.fp8_ops import REFERENCE_FP8, Fp8Ops
 from megavid.ops.nvfp4 import ROW, SQUARE, quantize_nvfp4
 
 RecipeName = Literal["tensorwise", "delayed", "blockwise", "mxfp8", "nvfp4"]
@@ -31,17 +32,19 @@ class Recipe:
             for 128 numbers of an input or gradient, and 128 x 128 of a matrix; ``mxfp8``: one byte for 32 numbers;
             ``nvfp4``: four bits, one byte for 16 numbers, and 16 x 16 of a matrix.
         gradient_dtype: of gradients; inputs and matrices are e4m3, and numbers of four bits stand in it.
+        ops: what rounds to eight bits; to four, it is plain torch always.
     """
 
     name: RecipeName
     gradient_dtype: torch.dtype
+    ops: Fp8Ops = REFERENCE_FP8
 
     @classmethod
-    def of(cls, name: RecipeName, gradients: Literal["auto", "e4m3", "e5m2"]) -> "Recipe":
+    def of(cls, name: RecipeName, gradients: Literal["auto", "e4m3", "e5m2"], ops: Fp8Ops = REFERENCE_FP8) -> "Recipe":
         """The recipe; "auto" takes e5m2's range where a scale serves a whole tensor, else e4m3's precision."""
         if gradients == "auto":
             gradients = "e5m2" if name in ("tensorwise", "delayed") else "e4m3"
-        return cls(name, E5M2 if gradients == "e5m2" else E4M3)
+        return cls(name, E5M2 if gradients == "e5m2" else E4M3, ops)
 
     @property
     def has_tiles(self) -> bool:
@@ -62,6 +65,11 @@ class Recipe:
             return SQUARE if role == "weight" else ROW
         return (128, 128) if role == "weight" else (1, 128)
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of tiles' scales in eight bits."""
+        return E8M0 if self.name == "mxfp8" else torch.float32
+
     def quantize(self, x: Tensor, role: Role, scale: Tensor | None) -> Quantized:
         """``x`` [..., rows, columns] in eight bits, for a product that sums over its columns.
 
@@ -73,12 +81,11 @@ class Recipe:
         tile = self.tile(role)
         if tile is None:
             assert scale is not None, f"{self.name}: one scale serves the whole tensor"
-            return quantize(x, scale, self.dtype(role))
+            return self.ops.quantize(x, scale, self.dtype(role))
         assert scale is None, f"{self.name}: tiles have their own scales"
         if self.name == "nvfp4":
             return quantize_nvfp4(x, tile, is_random=role == "gradient")
-        scale_dtype = E8M0 if self.name == "mxfp8" else torch.float32
-        return quantize_tiles(x, tile, self.dtype(role), scale_dtype=scale_dtype)
+        return self.ops.quantize_tiles(x, tile, self.dtype(role), scale_dtype=self.scale_dtype)
 
 
 class Scaling(Protocol):
