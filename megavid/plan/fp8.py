@@ -1,8 +1,8 @@
 """FP8 in the plan: which products of a stage are in eight bits and on what units, and the bytes that rounding moves.
 
 Owns what ``precision.fp8`` changes of a rank, in closed form; the layers are ``megavid.models.fp8``'s, the rounding is
-``megavid.ops.fp8``'s, operator by operator in plain torch, so an operator that is fused there changes its line here.
-Time and memory that follow are ``kernels``' and ``activations``'.
+``megavid.ops.fp8``'s, operator by operator in plain torch, or ``megavid.ops.quantize_fp8``'s in one pass (fused:
+``train.ops = "compiled"``). Time and memory that follow are ``kernels``' and ``activations``'.
 """
 
 from typing import Literal
@@ -28,6 +28,9 @@ SCALE_AND_CUT = 5
 """And scaling, cutting to the largest number and casting: two times reading and writing, reading; then one byte."""
 TO_TILES = 2
 """And copying to whole tiles."""
+FUSED = 1
+"""The same of the compiled ops: finding the largest magnitude reads, and so does rounding, with tiles too, which writes
+one byte."""
 IN_ORDER = 2
 """Bytes for each number in eight bits whose rows are brought one after the other, as GPUs' products want them."""
 TURN_BACK_ONE, TURN_BACK_TILES = 13, 21
@@ -58,7 +61,9 @@ def history_bytes(config: RunConfig, layout: Layout, pp_rank: int) -> int:
     return sum(scaled_layers(config, *fp8_layers_of_stage(config, layout, pp_rank))) * FIGURES * (steps + 1) * WIDE
 
 
-def kept_bytes(precision: PrecisionConfig, rows: float, width: float, experts: int = 0) -> float:
+def kept_bytes(
+    precision: PrecisionConfig, rows: float, width: float, experts: int = 0, *, is_fused: bool = False
+) -> float:
     """Bytes of an input of ``rows`` x ``width`` that is kept in eight bits along its rows, with its scales.
 
     Args:
@@ -66,12 +71,13 @@ def kept_bytes(precision: PrecisionConfig, rows: float, width: float, experts: i
         rows: tokens.
         width: numbers of each.
         experts: that share the rows, each with half a tile of padding in the mean; 0 for a dense layer.
+        is_fused: compiled ops round: the last tile's scales are kept, but not what fills it up.
     """
     tile = TILED.get(precision.fp8)
     if tile is None:
         return rows * width
     padded = rows + experts * tile / 2 if experts else -(-rows // tile) * tile
-    return padded * width * (1 + TILE_SHARE)
+    return ((rows if is_fused else padded) + padded * TILE_SHARE) * width
 
 
 def units_of(precision: PrecisionConfig, hardware: Hardware) -> Units:
@@ -86,7 +92,7 @@ def units_of(precision: PrecisionConfig, hardware: Hardware) -> Units:
 
 
 def rounding_bytes(
-    precision: PrecisionConfig, units: Units, operands: tuple[float, float, float], size: int
+    precision: PrecisionConfig, units: Units, operands: tuple[float, float, float], size: int, *, is_fused: bool = False
 ) -> tuple[float, float]:
     """Bytes that rounding and turning back move for a layer's three products, forward and backward.
 
@@ -95,11 +101,12 @@ def rounding_bytes(
         units: that they run on, not "".
         operands: numbers of the input, of the matrix and of the output's gradient.
         size: bytes of one as it comes.
+        is_fused: compiled ops round.
     """
     inputs, weights, gradients = operands
-    largest, rounding = READ_AMAX * size, SCALE_AND_CUT * size + 1
+    largest, rounding = (FUSED if is_fused else READ_AMAX) * size, (FUSED if is_fused else SCALE_AND_CUT) * size + 1
     if precision.fp8 in TILED:
-        rounding += largest + TO_TILES * size
+        rounding += 0 if is_fused else largest + TO_TILES * size
         # The input and the gradient are rounded along both sides, the matrix once in each pass.
         forward = 2 * inputs * rounding + weights * rounding
         backward = 2 * gradients * rounding + weights * rounding

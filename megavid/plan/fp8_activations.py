@@ -69,7 +69,7 @@ def eight_bit_bytes(model: ModelConfig, shapes: Shapes, *, is_moe: bool, imbalan
     """Bytes that a block in FP8 keeps more than a wide one, by part; mostly below 0."""
     changes: dict[str, float] = {}
     for layer in layers_of_block(model, shapes, is_moe=is_moe, imbalance=imbalance):
-        kept = kept_bytes(shapes.precision, layer.rows, layer.inner, layer.experts)
+        kept = kept_bytes(shapes.precision, layer.rows, layer.inner, layer.experts, is_fused=shapes.is_fused)
         changes[layer.part] = changes.get(layer.part, 0.0) + kept - layer.replaced
     return changes
 
@@ -85,16 +85,17 @@ def eight_bit_temporaries(model: ModelConfig, shapes: Shapes, *, is_moe: bool, i
 def _temporaries(shapes: Shapes, layer: Layer) -> float:
     """Of the backward pass, without the gradients of the input and of the matrix, which wide layers have too.
 
-    Rounding scales, cuts and casts, with tiles in a copy of whole ones; turning back takes the numbers, their scales
-    and their product, of one operand at a time.
+    Rounding scales, cuts and casts, with tiles in a copy of whole ones, or needs nothing beside the bytes where it is
+    fused; turning back takes the numbers, their scales and their product, of one operand at a time.
     """
-    narrow, experts = shapes.narrow, max(1, layer.experts)
+    wide = 0 if shapes.is_fused else shapes.narrow
+    experts = max(1, layer.experts)
     matrices, inputs, gradient = (
         experts * layer.inner * layer.columns, layer.rows * layer.inner, layer.rows * layer.columns,
     )  # fmt: skip
     if shapes.precision.fp8 not in TILED:
-        return max(gradient * (2 * narrow + 1), gradient + matrices * (2 * narrow + 1))
+        return max(gradient * (2 * wide + 1), gradient + matrices * (2 * wide + 1))
     rounded = matrices + gradient
     of_input = rounded + (3 * matrices + gradient) / experts * WIDE
     of_matrix = rounded + gradient + (gradient + 3 * inputs) / experts * WIDE
-    return max(max(gradient, matrices) * 3 * narrow + rounded, of_input, of_matrix)
+    return max(max(gradient, matrices) * 3 * wide + rounded, of_input, of_matrix)

@@ -77,8 +77,8 @@ def not_counted(config: RunConfig) -> tuple[str, ...]:
         )
     if config.train.ops == "compiled":
         notes.append(
-            "train.ops = 'compiled' is not counted in the step time, which is that of plain torch; memory counts it "
-            "(docs/kernels.md)"
+            "train.ops = 'compiled' is not counted in the step time, which is that of plain torch but for rounding to "
+            "FP8; memory counts it (docs/kernels.md)"
         )
     if config.train.capture != "off":
         notes.append(
@@ -206,7 +206,8 @@ def _in_fp8(
         narrow = replace(work, calls=work.calls * share, units=units)
         found += [narrow, *([replace(work, calls=work.calls * (1 - share))] if share < 1 else [])]
         sizes = (work.rows * work.inner, work.inner * work.columns, work.rows * work.columns)
-        moved = rounding_bytes(config.precision, units, sizes, BYTES[config.precision.dtype])
+        is_fused = config.train.ops == "compiled"
+        moved = rounding_bytes(config.precision, units, sizes, BYTES[config.precision.dtype], is_fused=is_fused)
         roundings.append(Rounding(work.part, narrow.calls * moved[0], narrow.calls * moved[1]))
     return tuple(found), tuple(roundings)
 

@@ -7,9 +7,12 @@ import torch
 
 from megavid.config.load import load_run
 from megavid.config.schema import PrecisionConfig, RunConfig
+from megavid.ops.compiled import why_not_compiled
 from megavid.ops.fp8 import E4M3, amax_of, dequantize, quantize, quantize_tiles, scale_of
+from megavid.ops.fp8_ops import COMPILED_FP8
 from megavid.plan.calibration import gpu_calibration
 from megavid.plan.fp8 import (
+    FUSED,
     READ_AMAX,
     SCALE_AND_CUT,
     TO_TILES,
@@ -91,6 +94,25 @@ def test_rounding_moves_what_its_operators_move(dtype: torch.dtype) -> None:
         assert widened.bytes / x.numel() == pytest.approx(back + table, rel=0.05)
 
 
+@pytest.mark.skipif(bool(why_not_compiled()), reason=f"compiled ops: {why_not_compiled()}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fused_rounding_moves_what_its_ops_move(dtype: torch.dtype) -> None:
+    x, size = torch.randn(512, 1024).to(dtype), dtype.itemsize
+    with OperatorCounter() as largest:
+        amax = COMPILED_FP8.amax(x)
+    with OperatorCounter() as one:
+        COMPILED_FP8.quantize(x, scale_of(amax, E4M3), E4M3)
+    with OperatorCounter() as tiles:
+        COMPILED_FP8.quantize_tiles(x, (1, 128), E4M3)
+    assert largest.bytes / x.numel() == pytest.approx(FUSED * size, rel=0.02)
+    assert one.bytes / x.numel() == pytest.approx(FUSED * size + 1, rel=0.02)
+    assert tiles.bytes / x.numel() == pytest.approx(FUSED * size + 1, rel=0.05)
+    # What is kept has no more than these bytes either, of rows that end within a tile too.
+    kept = COMPILED_FP8.quantize_tiles(x[:200].t(), (1, 128), E4M3)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in (kept.data, kept.scale))
+    assert found == kept_bytes(PrecisionConfig(fp8="blockwise"), 200, 1024, is_fused=True)
+
+
 def test_three_products_round_their_operands_this_often() -> None:
     operands, size = (1000.0, 100.0, 10.0), 2
     one, tile = 8 * size + 1, 10 * size + 1
@@ -100,6 +122,12 @@ def test_three_products_round_their_operands_this_often() -> None:
     forward, backward = rounding_bytes(PrecisionConfig(fp8="mxfp8"), "turned back", operands, size)
     assert forward == 2100 * tile + 1100 * 21
     assert backward == (20 + 100) * tile + (2 * 10 + 100 + 1000) * 21
+    forward, backward = rounding_bytes(PrecisionConfig(fp8="tensorwise"), "fp8", operands, size, is_fused=True)
+    assert forward == 1100 * (2 * size + 1)
+    assert backward == 10 * (2 * size + 1) + 100 * (size + 1) + 2 * 1110
+    forward, backward = rounding_bytes(PrecisionConfig(fp8="mxfp8"), "turned back", operands, size, is_fused=True)
+    assert forward == 2100 * (size + 1) + 1100 * 21
+    assert backward == (20 + 100) * (size + 1) + (2 * 10 + 100 + 1000) * 21
 
 
 def test_skipped_blocks_stay_wide() -> None:
@@ -142,6 +170,7 @@ def test_kept_inputs_are_a_byte_a_number_and_whole_tiles() -> None:
     assert kept_bytes(PrecisionConfig(fp8="blockwise"), 100, 64) == 128 * 64 * 33 / 32
     assert kept_bytes(PrecisionConfig(fp8="mxfp8"), 100, 64) == 128 * 64 * 33 / 32
     assert kept_bytes(PrecisionConfig(fp8="mxfp8"), 100, 64, experts=4) == (100 + 4 * 16) * 64 * 33 / 32
+    assert kept_bytes(PrecisionConfig(fp8="mxfp8"), 100, 64, is_fused=True) == (100 + 4) * 64
 
 
 def test_kept_inputs_take_less_memory_than_wide_ones_without_sequence_parallelism() -> None:
