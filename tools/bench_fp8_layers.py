@@ -111,6 +111,11 @@ class Comparison:
         self._watched.watch(role, x, rounded)
 
     @property
+    def is_watching(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def figures(self) -> dict[str, dict[str, float]]:
         """Underflow, overflow and error of each operand."""
         assert self._watched.seen is not None

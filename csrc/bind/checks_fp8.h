@@ -28,6 +28,11 @@ inline void check_tile(const char* op, const char* name, int64_t side) {
                     " must be a power of two from 1 to ", kTileSide, ", got ", side);
 }
 
+// Tiles of a row, of which a GPU's warp takes one.
+inline void check_row_tile(const char* op, int64_t tile) {
+  TORCH_CHECK_VALUE(tile == 32 || tile == 64 || tile == 128, op, ": tile must be 32, 64 or 128, got ", tile);
+}
+
 inline void check_quantize(const Tensor& x, const Tensor& scale, at::ScalarType dtype) {
   const char* op = "quantize_fp8";
   check_wide(op, x);

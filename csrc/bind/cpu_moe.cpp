@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "checks_fp8.h"
 #include "checks_moe.h"
 #include "isa.h"
 #include "register.h"
@@ -43,6 +44,33 @@ Tensor expert_activation(const Tensor& up_, const Optional& gate_, const Optiona
     MEGAVID_CALL(megavid_expert_activation_forward, job, begin, end);
   });
   return y;
+}
+
+std::tuple<Tensor, Tensor> expert_activation_fp8(const Tensor& up_, const Optional& gate_, const Optional& up_bias_,
+                                                 const Optional& gate_bias_, const Tensor& expert_,
+                                                 const Tensor& probability_, int64_t tile,
+                                                 at::ScalarType scale_dtype) {
+  const char* op = "expert_activation_fp8";
+  check_activation(op, up_, gate_, up_bias_, gate_bias_, expert_, probability_);
+  check_row_tile(op, tile);
+  check_scale_format(op, scale_dtype);
+  const Tensor up = up_.contiguous(), expert = expert_.contiguous(), probability = probability_.contiguous();
+  const Tensor gate = contiguous_or_none(gate_), up_bias = contiguous_or_none(up_bias_);
+  const Tensor gate_bias = contiguous_or_none(gate_bias_);
+  check_experts(op, expert, up_bias, gate_bias);
+  Tensor data = at::empty(up.sizes(), up.options().dtype(at::kFloat8_e4m3fn));
+  Tensor scale = at::empty({up.size(0), (up.size(1) + tile - 1) / tile}, up.options().dtype(scale_dtype));
+  ExpertActivationFp8 job{};
+  job.activation = activation_job(up, gate, up_bias, gate_bias, expert, probability);
+  job.data = static_cast<uint8_t*>(data.mutable_data_ptr());
+  job.scale = scale_dtype == at::kFloat ? scale.mutable_data_ptr<float>() : nullptr;
+  job.scale_byte = scale_dtype == at::kFloat ? nullptr : static_cast<uint8_t*>(scale.mutable_data_ptr());
+  job.tile = tile;
+  job.is_bf16 = job.activation.is_bf16;
+  at::parallel_for(0, up.size(0), kGrain, [&](int64_t begin, int64_t end) {
+    MEGAVID_CALL(megavid_expert_activation_fp8, job, begin, end);
+  });
+  return {data, scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_activation_backward(

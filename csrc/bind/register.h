@@ -19,7 +19,8 @@
   MEGAVID_IMPL(m, expert_activation) \
   MEGAVID_IMPL(m, moe_permute) \
   MEGAVID_IMPL(m, moe_unpermute) \
-  MEGAVID_IMPL(m, router_topk)
+  MEGAVID_IMPL(m, router_topk)   \
+  m.impl("expert_activation_fp8", &megavid::expert_activation_fp8);
 
 // Without gradients: what is in eight bits has none.
 #define MEGAVID_IMPL_FP8(m)                                   \

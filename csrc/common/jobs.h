@@ -114,6 +114,16 @@ struct ExpertActivation {
   bool is_bf16;
 };
 
+// One call of expert_activation_fp8: y of ExpertActivation rounded to e4m3, with a scale for each tile of a row.
+struct ExpertActivationFp8 {
+  ExpertActivation activation;  // y is not written
+  uint8_t* data;                // [S, M]
+  float* scale;                 // [S, ceil(M / tile)], or null:
+  uint8_t* scale_byte;          // its exponent instead, as e8m0
+  int64_t tile;                 // 32, 64 or 128
+  bool is_bf16;                 // what y is rounded to before
+};
+
 // One call of moe_permute or moe_unpermute: S rows sorted by expert, and the T tokens that they are of.
 struct MoeRows {
   const int64_t* token;   // [S] token of each row, -1: a row that only fills up

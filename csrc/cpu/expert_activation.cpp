@@ -3,6 +3,9 @@
 // Memory traffic per row: forward reads up (and gate) and writes y; backward reads them and the gradient and writes
 // their gradients. The biases of a row's expert stay in the first-level cache. Gradients of the biases are summed run
 // by run, as in modulated_norm.cpp.
+//
+// Forward to eight bits writes a byte and the scales in place of y, of which one row is in the first-level cache.
+#include "fp8_tiles.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -48,26 +51,61 @@ inline Sigmoid sigmoid(float x, Range range) {
   return {value, e * value};
 }
 
+// One row. Not inlined: both outputs come from the same instructions, so that they are the same to the last bit.
+template <typename T, bool kGated>
+__attribute__((noinline)) void activate(const ExpertActivation& job, int64_t row, Range range, const float* of_up,
+                                        const float* of_gate, T* y) {
+  const int64_t width = job.width;
+  const T* up = static_cast<const T*>(job.up) + row * width;
+  const T* gate = kGated ? static_cast<const T*>(job.gate) + row * width : nullptr;
+  const float probability = job.probability[row];
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    const float u = load(up[i]) + of_up[i];
+    if (kGated) {
+      const float g = load(gate[i]) + of_gate[i];
+      store(y + i, g * sigmoid(g, range).value * u * probability);
+    } else {
+      store(y + i, u * sigmoid(kTwoRoot * (u + kCubic * u * u * u), range).value * probability);
+    }
+  }
+}
+
 template <typename T, bool kGated>
 void forward(const ExpertActivation& job, int64_t begin, int64_t end) {
   const int64_t width = job.width;
   const Range range = exponential_range();
   BiasRow<T> up_bias(job.up_bias, width), gate_bias(job.gate_bias, kGated ? width : 0);
   for (int64_t row = begin; row < end; ++row) {
-    const T* up = static_cast<const T*>(job.up) + row * width;
-    const T* gate = kGated ? static_cast<const T*>(job.gate) + row * width : nullptr;
-    T* y = static_cast<T*>(job.y) + row * width;
     const float *of_up = up_bias.of(job.expert, row), *of_gate = kGated ? gate_bias.of(job.expert, row) : nullptr;
-    const float probability = job.probability[row];
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const float u = load(up[i]) + of_up[i];
-      if (kGated) {
-        const float g = load(gate[i]) + of_gate[i];
-        store(y + i, g * sigmoid(g, range).value * u * probability);
+    activate<T, kGated>(job, row, range, of_up, of_gate, static_cast<T*>(job.y) + row * width);
+  }
+}
+
+template <typename T, bool kGated>
+void forward_fp8(const ExpertActivationFp8& job, int64_t begin, int64_t end) {
+  const int64_t width = job.activation.width, tiles = (width + job.tile - 1) / job.tile;
+  const Range range = exponential_range();
+  BiasRow<T> up_bias(job.activation.up_bias, width), gate_bias(job.activation.gate_bias, kGated ? width : 0);
+  Scratch buffer(width);
+  T* y = reinterpret_cast<T*>(buffer.data());
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t* expert = job.activation.expert;
+    const float *of_up = up_bias.of(expert, row), *of_gate = kGated ? gate_bias.of(expert, row) : nullptr;
+    activate<T, kGated>(job.activation, row, range, of_up, of_gate, y);
+    for (int64_t first = 0; first < width; first += job.tile) {
+      const int64_t numbers = width - first < job.tile ? width - first : job.tile;
+      const int64_t place = row * tiles + first / job.tile;
+      int32_t exponent;
+      find_largest(y + first, 0, 1, numbers, job.tile, &exponent);
+      exponent = exponent_of<E4M3>(exponent);
+      if (job.scale != nullptr) {
+        job.scale[place] = scale_of(exponent);
       } else {
-        store(y + i, u * sigmoid(kTwoRoot * (u + kCubic * u * u * u), range).value * probability);
+        job.scale_byte[place] = static_cast<uint8_t>(exponent);
       }
+      const float inverse = inverse_of(exponent);
+      round_row<E4M3>(y + first, numbers, job.tile, &inverse, job.data + row * width + first);
     }
   }
 }
@@ -126,6 +164,11 @@ void run_forward(const ExpertActivation& job, int64_t begin, int64_t end) {
 }
 
 template <typename T>
+void run_fp8(const ExpertActivationFp8& job, int64_t begin, int64_t end) {
+  job.activation.gate != nullptr ? forward_fp8<T, true>(job, begin, end) : forward_fp8<T, false>(job, begin, end);
+}
+
+template <typename T>
 void run_backward(const ExpertActivation& job, int64_t begin, int64_t end) {
   job.gate != nullptr ? backward<T, true>(job, begin, end) : backward<T, false>(job, begin, end);
 }
@@ -135,4 +178,5 @@ void run_backward(const ExpertActivation& job, int64_t begin, int64_t end) {
 }  // namespace megavid
 
 MEGAVID_ENTRY(expert_activation_forward, ExpertActivation, run_forward)
+MEGAVID_ENTRY(expert_activation_fp8, ExpertActivationFp8, run_fp8)
 MEGAVID_ENTRY(expert_activation_backward, ExpertActivation, run_backward)

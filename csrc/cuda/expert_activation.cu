@@ -1,7 +1,9 @@
 // An expert's activation: GELU-tanh of up, or SiLU of gate times up, biases added before and the probability after.
 //
 // Memory traffic per row: forward reads up (and gate) and writes y; backward reads them and the gradient and writes
-// their gradients, which the sums of the biases read again.
+// their gradients, which the sums of the biases read again. Forward to eight bits writes a byte and the scales in place
+// of y, which stays in registers.
+#include "../common/fp8.h"
 #include "device.cuh"
 
 namespace megavid {
@@ -33,6 +35,15 @@ __device__ inline const T* bias_of(const void* table, const ExpertActivation& jo
 }
 
 template <typename T, bool kGated>
+__device__ inline float activated(const T* up, const T* up_bias, const T* gate, const T* gate_bias, int64_t i,
+                                  float probability) {
+  const float u = with_bias(up, up_bias, i);
+  if (!kGated) return u * sigmoid(kTwoRoot * (u + kCubic * u * u * u)).value * probability;
+  const float g = with_bias(gate, gate_bias, i);
+  return g * sigmoid(g).value * u * probability;
+}
+
+template <typename T, bool kGated>
 __global__ void __launch_bounds__(kThreads) forward(ExpertActivation job) {
   const int64_t row = blockIdx.x, width = job.width;
   const T *up = row_of<T>(job.up, row, width), *up_bias = bias_of<T>(job.up_bias, job, row);
@@ -40,12 +51,42 @@ __global__ void __launch_bounds__(kThreads) forward(ExpertActivation job) {
   T* y = row_of<T>(job.y, row, width);
   const float probability = job.probability[row];
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
-    const float u = with_bias(up, up_bias, i);
-    if (kGated) {
-      const float g = with_bias(gate, gate_bias, i);
-      store(y + i, g * sigmoid(g).value * u * probability);
+    store(y + i, activated<T, kGated>(up, up_bias, gate, gate_bias, i, probability));
+  }
+}
+
+// One warp a tile: each thread has a number of every 32.
+template <typename T, bool kGated>
+__global__ void __launch_bounds__(kThreads) forward_fp8(ExpertActivationFp8 all) {
+  const ExpertActivation& job = all.activation;
+  const int64_t row = blockIdx.x, width = job.width, tiles = (width + all.tile - 1) / all.tile;
+  const T *up = row_of<T>(job.up, row, width), *up_bias = bias_of<T>(job.up_bias, job, row);
+  const T *gate = kGated ? row_of<T>(job.gate, row, width) : nullptr, *gate_bias = bias_of<T>(job.gate_bias, job, row);
+  const float probability = job.probability[row];
+  const int lane = threadIdx.x & 31;
+  for (int64_t tile = threadIdx.x >> 5; tile < tiles; tile += kWarps) {
+    float value[kTileSide / 32];
+    int32_t largest = 0;
+    for (int k = 0; k < kTileSide / 32; ++k) {
+      const int64_t i = tile * all.tile + k * 32 + lane;
+      if (k * 32 >= all.tile || i >= width) continue;
+      T narrow;
+      store(&narrow, activated<T, kGated>(up, up_bias, gate, gate_bias, i, probability));
+      value[k] = load(narrow);
+      largest = max(largest, magnitude_of(value[k]));
+    }
+    const int32_t exponent = exponent_of<E4M3>(__reduce_max_sync(0xffffffffu, largest));
+    const float inverse = inverse_of(exponent);
+    for (int k = 0; k < kTileSide / 32; ++k) {
+      const int64_t i = tile * all.tile + k * 32 + lane;
+      if (k * 32 >= all.tile || i >= width) continue;
+      all.data[row * width + i] = static_cast<uint8_t>(byte_of<E4M3>(value[k] * inverse));
+    }
+    if (lane != 0) continue;
+    if (all.scale != nullptr) {
+      all.scale[row * tiles + tile] = scale_of(exponent);
     } else {
-      store(y + i, u * sigmoid(kTwoRoot * (u + kCubic * u * u * u)).value * probability);
+      all.scale_byte[row * tiles + tile] = static_cast<uint8_t>(exponent);
     }
   }
 }
@@ -95,6 +136,11 @@ cudaError_t run_forward(const ExpertActivation& job, int64_t rows, cudaStream_t 
 }
 
 template <typename T>
+cudaError_t run_fp8(const ExpertActivationFp8& job, int64_t rows, cudaStream_t stream) {
+  return launch(job.activation.gate != nullptr ? forward_fp8<T, true> : forward_fp8<T, false>, rows, stream, job);
+}
+
+template <typename T>
 cudaError_t run_backward(const ExpertActivation& job, const Sums& sums, cudaStream_t stream) {
   const auto kernel = job.gate != nullptr ? backward<T, true> : backward<T, false>;
   if (const cudaError_t error = launch(kernel, sums.tokens, stream, job)) return error;
@@ -113,4 +159,5 @@ cudaError_t run_backward(const ExpertActivation& job, const Sums& sums, cudaStre
 }  // namespace megavid
 
 MEGAVID_ENTRY(expert_activation_forward, ExpertActivation, run_forward)
+MEGAVID_ENTRY(expert_activation_fp8, ExpertActivationFp8, run_fp8)
 MEGAVID_ENTRY_SUMS(expert_activation_backward, ExpertActivation, run_backward)

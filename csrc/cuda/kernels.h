@@ -35,6 +35,7 @@ cudaError_t megavid_cuda_sum_of_squares_backward(const megavid::SumOfSquares*, i
 cudaError_t megavid_cuda_norm_rope_forward(const megavid::NormRope*, int64_t tokens, cudaStream_t);
 cudaError_t megavid_cuda_norm_rope_backward(const megavid::NormRope*, const megavid::Sums*, cudaStream_t);
 cudaError_t megavid_cuda_expert_activation_forward(const megavid::ExpertActivation*, int64_t rows, cudaStream_t);
+cudaError_t megavid_cuda_expert_activation_fp8(const megavid::ExpertActivationFp8*, int64_t rows, cudaStream_t);
 // Sums: its tokens are rows.
 cudaError_t megavid_cuda_expert_activation_backward(const megavid::ExpertActivation*, const megavid::Sums*,
                                                     cudaStream_t);

@@ -75,6 +75,11 @@ class Fp8Scaling(nn.Module):
         # A tensor that is not finite must not become a finite one by being cut to the largest number.
         return scale + amax * 0.0
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether ``seen`` asks for figures."""
+        return self.seen is not None
+
     @torch.no_grad()
     def watch(self, role: Role, x: Tensor, rounded: Quantized) -> None:
         """Add up the figures of an operand, where ``seen`` asks for them."""

@@ -16,6 +16,7 @@ from megavid.errors import ConfigError
 from megavid.ops.block_ops import COMPILED, REFERENCE, BlockOps
 from megavid.ops.compiled import why_not_compiled_for
 from megavid.ops.expert_activation import expert_activation_op, expert_activation_reference
+from megavid.ops.expert_activation_fp8 import expert_activation_fp8_op
 from megavid.ops.fp8 import E4M3, E5M2, E8M0, dequantize
 from megavid.ops.moe_permute import moe_permute_op, moe_permute_reference, moe_unpermute_op, moe_unpermute_reference
 
@@ -126,6 +127,7 @@ def _moe_cases(
     biases = normal(EXPERTS, WIDTH, of=dtype), normal(EXPERTS, WIDTH, of=dtype)
     given: tuple[Tensor, ...] = (rows, gates, *biases, expert, scores[:, 0])
     yield "expert_activation", expert_activation_reference, expert_activation_op, given
+    yield "expert_activation_fp8", *_both_roundings(), given
     routing = scores > scores.median()
     num_rows = int(routing.sum())
     given = (rows, scores, routing)
@@ -133,6 +135,19 @@ def _moe_cases(
     where = moe_permute_reference(rows, scores, routing, num_rows, 1)[2:5]
     given = (normal(num_rows, WIDTH, of=dtype), normal(num_rows).sigmoid(), *where)
     yield "moe_unpermute", moe_unpermute_reference, moe_unpermute_op, given
+
+
+def _both_roundings() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The compiled activation in eight bits, in two steps and in one: plain torch's may be a step off."""
+
+    def two(*given: Tensor) -> Tensor:
+        wide = expert_activation_op(*(x.detach() for x in given))
+        return dequantize(REFERENCE.fp8.quantize_tiles(wide, (1, 32), E4M3))
+
+    def one(*given: Tensor) -> Tensor:
+        return dequantize(expert_activation_fp8_op(*(x.detach() for x in given), 32, torch.float32))
+
+    return two, one
 
 
 def _fp8_cases(x: Tensor) -> Iterator[Case]:

@@ -70,6 +70,12 @@ class Recipe:
         """Of tiles' scales in eight bits."""
         return E8M0 if self.name == "mxfp8" else torch.float32
 
+    @property
+    def input_tile(self) -> int:
+        """Numbers of an input's row that share a scale in eight bits; 0 where there are no such tiles."""
+        tile = self.tile("input")
+        return 0 if tile is None or self.name == "nvfp4" else tile[1]
+
     def quantize(self, x: Tensor, role: Role, scale: Tensor | None) -> Quantized:
         """``x`` [..., rows, columns] in eight bits, for a product that sums over its columns.
 
@@ -104,6 +110,10 @@ class Scaling(Protocol):
     def watch(self, role: Role, x: Tensor, rounded: Quantized) -> None:
         """See ``x`` and what became of it."""
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether ``watch`` wants to see the operands."""
+
 
 def fp8_linear(x: Tensor, weight_OI: Tensor, scaling: Scaling) -> Tensor:
     """``x @ weight.T`` in eight bits; [..., I] to [..., O] in the dtype of ``x``.
@@ -131,6 +141,17 @@ def fp8_grouped_linear(x_SI: Tensor, weight_eOI: Tensor, sizes: list[int], scali
         x_SI, weight_eOI, sizes, scaling, torch.is_grad_enabled()
     )
     return out
+
+
+def fp8_grouped_product(
+    x_SI: Quantized, weight_eOI: Tensor, sizes: list[int], scaling: Scaling, dtype: torch.dtype
+) -> Tensor:
+    """The forward pass of ``fp8_grouped_linear`` alone, of rows that were rounded as they were made; in ``dtype``.
+
+    It has no gradient, and its scales belong to tiles.
+    """
+    weight8 = scaling.recipe.quantize(weight_eOI, "weight", None)
+    return _by_expert(x_SI, weight8, sizes, dtype)
 
 
 class _Kept(NamedTuple):

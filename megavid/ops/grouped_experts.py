@@ -5,17 +5,21 @@ one for the dtype; ``grouped_experts_reference`` is the slow twin that defines i
 rank does not hold (hidden units, columns of the last bias) is missing from its weights and from its output alike.
 """
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megavid.ops.fp8_linear import Scaling, fp8_grouped_linear
-from megavid.ops.moe_ops import Activate
+from megavid.ops.fp8 import Quantized
+from megavid.ops.fp8_linear import Scaling, fp8_grouped_linear, fp8_grouped_product
+from megavid.ops.moe_ops import Activate, ActivateFp8
 from megavid.ops.weight_gradient import GradientSum, add_product_
 
 Activation = Literal["gelu", "swiglu"]
+Hidden = TypeVar("Hidden", Tensor, Quantized)
 
 # What torch.nn.functional.grouped_mm takes; fp64 goes expert by expert.
 GROUPED_DTYPES = (torch.float32, torch.bfloat16)
@@ -67,6 +71,7 @@ def grouped_experts(
     *,
     first_column: int = 0,
     activate: Activate | None = None,
+    activate_fp8: ActivateFp8 | None = None,
     scalings: ExpertScalings | None = None,
     sums: ExpertSums | None = None,
 ) -> Tensor:
@@ -82,6 +87,7 @@ def grouped_experts(
         probability_S: gate of each row, fp32 or wider.
         first_column: first output column that ``weights.down_bias_eD`` belongs to.
         activate: what is between the products, in one op (``megavid.ops.expert_activation``); None: in plain torch.
+        activate_fp8: likewise in eight bits, for passes without gradient whose last product takes nothing else.
         scalings: of the products in FP8; None for wide ones.
         sums: of the gradients of matrices that are not in FP8; None: autograd gets them. ``tokens_per_expert`` is on
             the host.
@@ -94,8 +100,15 @@ def grouped_experts(
     """
     rows = _Rows.of(tokens_per_expert, x_SD)
     scalings, sums = scalings or ExpertScalings(), sums or ExpertSums()
-    weighted_SM = _hidden(x_SD, weights, probability_S, rows, activate, scalings, sums)
-    out_SD = _linear(weighted_SM, weights.down_eDM, rows, scalings.down, sums.down)
+    down = scalings.down
+    # A backward pass would want the activation along the tokens too, and who watches wants it wide.
+    if activate_fp8 and down and down.recipe.input_tile and not (torch.is_grad_enabled() or down.is_watching):
+        in_tiles = partial(activate_fp8, tile=down.recipe.input_tile, scale_dtype=down.recipe.scale_dtype)
+        weighted8 = _hidden(x_SD, weights, probability_S, rows, in_tiles, scalings, sums)
+        out_SD = fp8_grouped_product(weighted8, weights.down_eDM, rows.sizes.tolist(), down, x_SD.dtype)
+    else:
+        weighted_SM = _hidden(x_SD, weights, probability_S, rows, activate or activate_plainly, scalings, sums)
+        out_SD = _linear(weighted_SM, weights.down_eDM, rows, down, sums.down)
     if weights.down_bias_eD is None:
         return out_SD
     return _add_bias(out_SD, weights.down_bias_eD, probability_S, rows.expert_S, first_column)
@@ -106,12 +119,12 @@ def _hidden(
     weights: ExpertWeights,
     probability_S: Tensor,
     rows: "_Rows",
-    activate: Activate | None,
+    activate: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor], Hidden],
     scalings: ExpertScalings,
     sums: ExpertSums,
-) -> Tensor:
+) -> Hidden:
     """Hidden activations times the gate; nothing that autograd does not keep outlives the call."""
-    return (activate or activate_plainly)(
+    return activate(
         _linear(x_SD, weights.up_eMD, rows, scalings.up, sums.up),
         None if weights.gate_eMD is None else _linear(x_SD, weights.gate_eMD, rows, scalings.gate, sums.gate),
         weights.up_bias_eM,

@@ -13,11 +13,16 @@ from typing import Protocol
 from torch import Tensor
 
 from megavid.ops.expert_activation import expert_activation_op
+from megavid.ops.expert_activation_fp8 import expert_activation_fp8_op
+from megavid.ops.fp8 import Quantized
 from megavid.ops.moe_permute import Rows, moe_permute_op, moe_unpermute_op
 from megavid.ops.router_topk import Choice, router_topk_op, router_topk_reference
 
 Activate = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
 """See ``megavid.ops.expert_activation.expert_activation_reference``."""
+
+ActivateFp8 = Callable[..., Quantized]
+"""See ``megavid.ops.expert_activation_fp8.expert_activation_fp8_op``."""
 
 
 class RouterTopk(Protocol):
@@ -60,11 +65,13 @@ class MoEOps:
         router_topk: experts, gates and counts of each token.
         activate: activation of the experts' rows; None: ``grouped_experts``' own, bias by bias.
         permutation: rows and tokens; None: megatron-core's own.
+        activate_fp8: the activation in eight bits, of the numbers that ``activate`` gives; None: in two steps.
     """
 
     router_topk: RouterTopk
     activate: Activate | None = None
     permutation: Permutation | None = None
+    activate_fp8: ActivateFp8 | None = None
 
 
 REFERENCE_MOE = MoEOps(router_topk_reference)
@@ -74,4 +81,6 @@ def _back(x_SD: Tensor, rows: Rows) -> Tensor:
     return moe_unpermute_op(x_SD, None, rows.token_S, rows.first_T1, rows.row_S)
 
 
-COMPILED_MOE = MoEOps(router_topk_op, expert_activation_op, Permutation(moe_permute_op, _back))
+COMPILED_MOE = MoEOps(
+    router_topk_op, expert_activation_op, Permutation(moe_permute_op, _back), expert_activation_fp8_op
+)

@@ -35,6 +35,7 @@ class LoneScaling:
 
     def __init__(self, name: RecipeName, gradients: Literal["auto", "e4m3", "e5m2"] = "auto") -> None:
         self.recipe = Recipe.of(name, gradients)
+        self.is_watching = False
         self.watched: dict[Role, tuple[Tensor, Quantized]] = {}
 
     def scales(self, tensors: dict[Role, Tensor], *, is_training: bool) -> dict[Role, Tensor | None]:

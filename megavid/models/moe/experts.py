@@ -37,7 +37,7 @@ class GroupedExperts(AddsInPlace):
             if size % layout.etp:
                 raise ConfigError(f"parallel.expert_tensor = {layout.etp} must divide {key} = {size}")
         self.name, self.hidden_size, self.ffn_size = f"{name}.experts", width, moe.expert_ffn_size
-        self.num_local_experts, self.activate = moe.num_experts // layout.ep, build.ops.moe.activate
+        self.num_local_experts, self.ops = moe.num_experts // layout.ep, build.ops.moe
         self.first_expert = coordinates["ep"] * self.num_local_experts
         self.part, self.parts = coordinates["etp"], layout.etp
         hidden = moe.expert_ffn_size // layout.etp
@@ -80,7 +80,8 @@ class GroupedExperts(AddsInPlace):
             weights,
             permuted_probs.reshape(-1),
             first_column=self.first_column,
-            activate=self.activate,
+            activate=self.ops.activate,
+            activate_fp8=self.ops.activate_fp8,
             scalings=ExpertScalings(**self.scalings) if self.scalings else None,
             sums=self._sums() if self.is_in_place else None,
         )
