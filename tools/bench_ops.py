@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megavid.ops.block_ops import COMPILED, REFERENCE, BlockOps
 from megavid.ops.compiled import instruction_set, why_not_compiled_for
+from megavid.ops.fp8 import E4M3, scale_of
 from megavid.ops.grouped_experts import activate_plainly
 from megavid.parallel import mcore
 from megavid.training.profile_report import cpu_name
@@ -47,12 +48,13 @@ plain torch."""
 
 @dataclass(frozen=True)
 class Case:
-    """One op of a block: its name, what it is called with, and the dtypes of its tokens."""
+    """One op of a block: its name, what it is called with, the dtypes of its tokens, and whether it has a gradient."""
 
     name: str
     function: Callable[[BlockOps], Callable[..., Any]]
     inputs: Callable[["Sizes", torch.dtype], list[Tensor]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    has_gradient: bool = True
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,36 @@ def route(ops: BlockOps) -> Callable[..., Any]:
     return call
 
 
+def round_whole(ops: BlockOps) -> Callable[..., Any]:
+    """An operand in FP8 with one scale, its largest magnitude found before."""
+
+    def call(x_TD: Tensor) -> Tensor:
+        return ops.fp8.quantize(x_TD, scale_of(ops.fp8.amax(x_TD), E4M3), E4M3).data
+
+    return call
+
+
+def round_tiles(ops: BlockOps) -> Callable[..., Any]:
+    """An input of a layer as `blockwise` rounds it: along its width, and along the tokens."""
+
+    def call(x_TD: Tensor) -> tuple[Tensor, ...]:
+        along, turned = (ops.fp8.quantize_tiles(x, (1, 128), E4M3) for x in (x_TD, x_TD.t()))
+        return along.data, along.scale, turned.data, turned.scale
+
+    return call
+
+
 def _rows_of_experts(sizes: Sizes) -> list[Tensor]:
     return [torch.randint(EXPERTS, (sizes.tokens,)).sort().values, torch.rand(sizes.tokens).requires_grad_()]
 
 
 def _flat(sizes: Sizes, dtype: torch.dtype, rows: int) -> Tensor:
     return torch.randn(rows, sizes.width).to(dtype).requires_grad_()
+
+
+def _given(sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    """Without a gradient."""
+    return torch.randn(sizes.tokens, sizes.width).to(dtype)
 
 
 def _routing(tokens: int) -> list[Tensor]:
@@ -216,14 +242,18 @@ CASES = (
         ],
         (torch.float32,),
     ),
+    Case("fp8_amax, quantize_fp8", round_whole, lambda s, dtype: [_given(s, dtype)], has_gradient=False),
+    Case("quantize_fp8_tiles", round_tiles, lambda s, dtype: [_given(s, dtype)], has_gradient=False),
 )
 
 
 def passes(function: Callable[..., Any], inputs: list[Tensor], is_backward: bool) -> Callable[[], None]:
     """A forward pass, or a forward and a backward pass, as a call."""
     leaves = [x for x in inputs if x.requires_grad]
-    found = function(*inputs)
-    grads = [torch.randn_like(out) for out in ([found] if isinstance(found, Tensor) else found)]
+    grads = []
+    if is_backward:
+        found = function(*inputs)
+        grads = [torch.randn_like(out) for out in ([found] if isinstance(found, Tensor) else found)]
 
     def call() -> None:
         found = function(*inputs)
@@ -295,7 +325,7 @@ def time_ops(sizes: Sizes, rounds: int, device: str, only: str, bandwidth: float
         for dtype in case.dtypes:
             torch.manual_seed(0)
             inputs = case.inputs(sizes, dtype)
-            for is_backward in (False, True):
+            for is_backward in (False, True) if case.has_gradient else (False,):
                 seconds = time_in_turn([passes(f, inputs, is_backward) for f in functions], rounds, device)
                 least, middle = [min(s) for s in seconds], [statistics.median(s) for s in seconds]
                 cells = [f"{low * 1e3:.1f} / {mid * 1e3:.1f}" for low, mid in zip(least, middle, strict=True)]

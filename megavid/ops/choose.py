@@ -145,7 +145,9 @@ def _both_roundings() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         return dequantize(REFERENCE.fp8.quantize_tiles(wide, (1, 32), E4M3))
 
     def one(*given: Tensor) -> Tensor:
-        return dequantize(expert_activation_fp8_op(*(x.detach() for x in given), 32, torch.float32))
+        up, gate, up_bias, gate_bias, expert, probability = (x.detach() for x in given)
+        in_tiles = expert_activation_fp8_op(up, gate, up_bias, gate_bias, expert, probability, 32, torch.float32)
+        return dequantize(in_tiles)
 
     return two, one
 

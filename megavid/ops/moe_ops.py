@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megavid.ops.expert_activation import expert_activation_op
@@ -21,8 +22,23 @@ from megavid.ops.router_topk import Choice, router_topk_op, router_topk_referenc
 Activate = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
 """See ``megavid.ops.expert_activation.expert_activation_reference``."""
 
-ActivateFp8 = Callable[..., Quantized]
-"""See ``megavid.ops.expert_activation_fp8.expert_activation_fp8_op``."""
+
+class ActivateFp8(Protocol):
+    """See ``megavid.ops.expert_activation_fp8.expert_activation_fp8_op``."""
+
+    def __call__(
+        self,
+        up_SM: Tensor,
+        gate_SM: Tensor | None,
+        up_bias_eM: Tensor | None,
+        gate_bias_eM: Tensor | None,
+        expert_S: Tensor,
+        probability_S: Tensor,
+        tile: int,
+        scale_dtype: torch.dtype,
+    ) -> Quantized:
+        """The activation in eight bits."""
+        ...
 
 
 class RouterTopk(Protocol):

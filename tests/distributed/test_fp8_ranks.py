@@ -19,9 +19,11 @@ from megavid.checkpoint.convert.shards import OpenFiles
 from megavid.config.load import dump_toml
 from megavid.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 from megavid.errors import ConfigError
-from megavid.models.fp8 import Fp8Scaling, update_histories
+from megavid.models.fp8 import Fp8Scaling, scalings_of, update_histories
 from megavid.models.runner import build_engine
+from megavid.ops.compiled import why_not_compiled
 from megavid.ops.fp8_linear import Recipe, RecipeName
+from megavid.ops.fp8_ops import COMPILED_FP8, REFERENCE_FP8
 from megavid.parallel.mesh import Mesh
 from megavid.plan.layout import layout_of
 from megavid.training.fp8_figures import figures_of, watching, worst_rounding
@@ -116,6 +118,24 @@ def test_experts_in_nvfp4(pool: RankPool, options: dict[str, Any]) -> None:
     assert torch.equal(narrow, second)
     assert float((cut - narrow).norm() / narrow.norm()) <= 2**0.5 * own_error
     assert ranks[0]["loss"][0] == pytest.approx(alone[0]["loss"][0], rel=5e-3)
+
+
+def ops_of(config: RunConfig, world: int) -> list[str]:
+    """Job: which ops round in the layers in FP8."""
+    names = {REFERENCE_FP8: "reference", COMPILED_FP8: "compiled"}
+    with Mesh.open(layout_of(config, world)) as mesh:
+        found = [names[scaling.recipe.ops] for scaling in scalings_of(build_engine(config, mesh).chunks)]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("family", ["wan", "wan_moe"])
+def test_the_ops_of_the_run_round(pool: RankPool, family: str) -> None:
+    for ops in ("reference", "compiled"):
+        if ops == "compiled" and why_not_compiled():
+            pytest.skip(f"compiled ops: {why_not_compiled()}")
+        config = fp8_config(family, "mxfp8")
+        config = replace(config, train=replace(config.train, ops=ops))
+        assert pool.run(1, ops_of, config, 1) == [[ops]]
 
 
 def scales_of_step(config: RunConfig, world: int) -> dict[str, list[float]]:
