@@ -66,9 +66,9 @@ class BuildOps(build_ext):
         built = [f'-DMEGAVID_TORCH="{torch.__version__}"', f'-DMEGAVID_SOURCES="{sources}"']
         flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-Wall", abi, *built]
         flags += [flag for path in cpp_extension.include_paths(device) for flag in ("-isystem", path)]
-        for binding in sorted((ROOT / "csrc/bind").glob("*.cpp")):
-            if has_cuda or not binding.stem.startswith("cuda"):
-                jobs.append([compiler, *flags, "-c", binding, "-o", temp / f"bind_{binding.stem}.o"])
+        for binding in ["cpu", "cpu_moe", "cuda", "cuda_moe"] if has_cuda else ["cpu", "cpu_moe"]:
+            target = temp / f"bind_{binding}.o"
+            jobs.append([compiler, *flags, "-c", ROOT / f"csrc/bind/{binding}.cpp", "-o", target])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self._run, jobs))
         output = Path(self.get_ext_fullpath(ext.name))
