@@ -96,7 +96,7 @@ void forward_fp8(const ExpertActivationFp8& job, int64_t begin, int64_t end) {
     for (int64_t first = 0; first < width; first += job.tile) {
       const int64_t numbers = width - first < job.tile ? width - first : job.tile;
       const int64_t place = row * tiles + first / job.tile;
-      int32_t exponent;
+      int32_t exponent = 0;
       find_largest(y + first, 0, 1, numbers, job.tile, &exponent);
       exponent = exponent_of<E4M3>(exponent);
       if (job.scale != nullptr) {
@@ -105,7 +105,7 @@ void forward_fp8(const ExpertActivationFp8& job, int64_t begin, int64_t end) {
         job.scale_byte[place] = static_cast<uint8_t>(exponent);
       }
       const float inverse = inverse_of(exponent);
-      round_row<E4M3>(y + first, numbers, job.tile, &inverse, job.data + row * width + first);
+      round_numbers<E4M3>(y + first, [=](int64_t) { return inverse; }, job.data + row * width + first, numbers);
     }
   }
 }
