@@ -160,27 +160,29 @@ def column_linear(
         skip_bias_add=leaves_bias,
         tp_group=build.mesh.group("tp"),
     )
-    local, first = output_size // build.tp, build.tp_rank * (output_size // build.tp)
-    weights, biases = [], []
-    for number, name in enumerate(names):
-        weights.append(
-            Piece(
-                f"{name}.weight",
-                (output_size, input_size),
-                (first, 0),
-                (local, input_size),
-                start=number * local * input_size,
-            )
-        )
-        biases.append(Piece(f"{name}.bias", (output_size,), (first,), (local,), start=number * local))
-    place(linear.weight, Placement(tuple(weights), frozenset({"tp"}), init=Init(std=input_size**-0.5)))
+    weights, biases = _columns(build, names, input_size, output_size)
+    place(linear.weight, Placement(weights, frozenset({"tp"}), init=Init(std=input_size**-0.5)))
     if has_bias:
-        place(linear.bias, Placement(tuple(biases), frozenset({"tp"}), has_decay=False))
+        place(linear.bias, Placement(biases, frozenset({"tp"}), has_decay=False))
     if build.is_te and fp8 is not None:
         return InFp8(linear)
     if build.lora.adapts(names[0]):
         return Adapted(linear, ColumnAdapter(build, names, input_size, output_size, of_text=of_text))
     return linear
+
+
+def _columns(
+    build: Build, names: Sequence[str], input_size: int, output_size: int
+) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+    """Pieces of matrices whose outputs tensor-parallel ranks share, one after the other, and of their biases."""
+    local = output_size // build.tp
+    first = build.tp_rank * local
+    weights, biases = [], []
+    for number, name in enumerate(names):
+        shape, box = (output_size, input_size), (local, input_size)
+        weights.append(Piece(f"{name}.weight", shape, (first, 0), box, start=number * local * input_size))
+        biases.append(Piece(f"{name}.bias", (output_size,), (first,), (local,), start=number * local))
+    return tuple(weights), tuple(biases)
 
 
 def row_linear(build: Build, name: str, input_size: int, output_size: int, *, has_bias: bool = True) -> Any:
