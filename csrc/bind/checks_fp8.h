@@ -64,6 +64,16 @@ inline QuantizeFp8 fp8_job(const Tensor& x) {
   return job;
 }
 
+// Scales are floats, or bytes of an exponent: a job has a place for either.
+template <typename Job>
+inline void give_scale(Job& job, const Tensor& scale) {
+  if (scale.scalar_type() == at::kFloat) {
+    job.scale = scale.mutable_data_ptr<float>();
+  } else {
+    job.scale_byte = static_cast<uint8_t*>(scale.mutable_data_ptr());
+  }
+}
+
 inline int64_t amax_chunks(const Tensor& x) { return (x.numel() + kAmaxNumbers - 1) / kAmaxNumbers; }
 
 // What quantize_fp8_tiles works on: x as [B, R, C], rows or columns of which stand together in memory, and what it gives.
@@ -84,11 +94,7 @@ struct TilesCall {
     job.x_matrix = x.stride(0);
     job.x_row = job.is_transposed ? x.stride(2) : x.stride(1);
     job.data = static_cast<uint8_t*>(data.mutable_data_ptr());
-    if (scale_dtype == at::kFloat) {
-      job.scale = scale.mutable_data_ptr<float>();
-    } else {
-      job.scale_byte = static_cast<uint8_t*>(scale.mutable_data_ptr());
-    }
+    give_scale(job, scale);
     job.matrices = x.size(0);
     job.rows = job.is_transposed ? columns : rows;
     job.width = job.is_transposed ? rows : columns;
@@ -102,6 +108,23 @@ struct TilesCall {
   Tensor data;
   Tensor scale;
   QuantizeFp8Tiles job{};
+};
+
+// What expert_activation_fp8 works on and gives.
+struct ActivationFp8Call {
+  ActivationFp8Call(const ExpertActivation& activation, const Tensor& up, int64_t tile, at::ScalarType scale_dtype)
+      : data(at::empty(up.sizes(), up.options().dtype(at::kFloat8_e4m3fn))),
+        scale(at::empty({up.size(0), (up.size(1) + tile - 1) / tile}, up.options().dtype(scale_dtype))) {
+    job.activation = activation;
+    job.data = static_cast<uint8_t*>(data.mutable_data_ptr());
+    give_scale(job, scale);
+    job.tile = tile;
+    job.is_bf16 = activation.is_bf16;
+  }
+
+  Tensor data;
+  Tensor scale;
+  ExpertActivationFp8 job{};
 };
 
 }  // namespace megavid

@@ -58,19 +58,12 @@ std::tuple<Tensor, Tensor> expert_activation_fp8(const Tensor& up_, const Option
   const Tensor gate = contiguous_or_none(gate_), up_bias = contiguous_or_none(up_bias_);
   const Tensor gate_bias = contiguous_or_none(gate_bias_);
   check_experts(op, expert, up_bias, gate_bias);
-  Tensor data = at::empty(up.sizes(), up.options().dtype(at::kFloat8_e4m3fn));
-  Tensor scale = at::empty({up.size(0), (up.size(1) + tile - 1) / tile}, up.options().dtype(scale_dtype));
-  ExpertActivationFp8 job{};
-  job.activation = activation_job(up, gate, up_bias, gate_bias, expert, probability);
-  job.data = static_cast<uint8_t*>(data.mutable_data_ptr());
-  job.scale = scale_dtype == at::kFloat ? scale.mutable_data_ptr<float>() : nullptr;
-  job.scale_byte = scale_dtype == at::kFloat ? nullptr : static_cast<uint8_t*>(scale.mutable_data_ptr());
-  job.tile = tile;
-  job.is_bf16 = job.activation.is_bf16;
+  const ActivationFp8Call call(activation_job(up, gate, up_bias, gate_bias, expert, probability), up, tile, scale_dtype);
+  const ExpertActivationFp8& job = call.job;
   at::parallel_for(0, up.size(0), kGrain, [&](int64_t begin, int64_t end) {
     MEGAVID_CALL(megavid_expert_activation_fp8, job, begin, end);
   });
-  return {data, scale};
+  return {call.data, call.scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_activation_backward(

@@ -51,17 +51,10 @@ std::tuple<Tensor, Tensor> expert_activation_fp8(const Tensor& up_, const Option
   const Tensor up = up_.contiguous(), expert = expert_.contiguous(), probability = probability_.contiguous();
   const Tensor gate = contiguous_or_none(gate_), up_bias = contiguous_or_none(up_bias_);
   const Tensor gate_bias = contiguous_or_none(gate_bias_);
-  Tensor data = at::empty(up.sizes(), up.options().dtype(at::kFloat8_e4m3fn));
-  Tensor scale = at::empty({up.size(0), (up.size(1) + tile - 1) / tile}, up.options().dtype(scale_dtype));
-  ExpertActivationFp8 job{};
-  job.activation = activation_job(up, gate, up_bias, gate_bias, expert, probability);
-  job.data = static_cast<uint8_t*>(data.mutable_data_ptr());
-  job.scale = scale_dtype == at::kFloat ? scale.mutable_data_ptr<float>() : nullptr;
-  job.scale_byte = scale_dtype == at::kFloat ? nullptr : static_cast<uint8_t*>(scale.mutable_data_ptr());
-  job.tile = tile;
-  job.is_bf16 = job.activation.is_bf16;
+  const ActivationFp8Call call(activation_job(up, gate, up_bias, gate_bias, expert, probability), up, tile, scale_dtype);
+  const ExpertActivationFp8& job = call.job;
   launch.check(megavid_cuda_expert_activation_fp8(&job, up.size(0), launch.stream));
-  return {data, scale};
+  return {call.data, call.scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_activation_backward(

@@ -5,6 +5,8 @@ of megatron-core whose matrix is trained add theirs in the backward pass instead
 Those in FP8 and of Transformer Engine are their own affair, adapters are too narrow to gain.
 """
 
+import abc
+
 from torch import nn
 
 from megavid.ops.weight_gradient import GradientSum, add_product_, can_add_product
@@ -12,7 +14,7 @@ from megavid.parallel import mcore
 from megavid.parallel.gradients import gradient_of
 
 
-class AddsInPlace(nn.Module):
+class AddsInPlace(nn.Module, abc.ABC):
     """A layer that adds its matrices' gradients to ``sum_of(matrix)`` where it is told to.
 
     Attributes:
@@ -21,9 +23,9 @@ class AddsInPlace(nn.Module):
 
     is_in_place = False
 
+    @abc.abstractmethod
     def matrices(self) -> list[nn.Parameter]:
         """Parameters whose gradients it would add."""
-        raise NotImplementedError
 
 
 def sum_of(parameter: nn.Parameter) -> GradientSum:
