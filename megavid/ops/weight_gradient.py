@@ -2,6 +2,7 @@
 
 Owns the product, where torch has it, and how a backward pass is told of the sum. Else a gradient is a new tensor as
 large as the matrix, written once and read again to be added: two ways through memory more, and in bf16 one rounding.
+bf16 on a CPU has no such product: the gradient is that tensor, and what is saved is torch's copy of it in fp32.
 """
 
 from collections.abc import Callable
@@ -13,27 +14,34 @@ from torch.torch_version import TorchVersion
 
 FIRST_MIXED = TorchVersion("2.10")
 """torch from which on a product of narrow numbers on a GPU adds to a sum in fp32; before, all three must be alike."""
+PIECE = 2**17
+"""Narrow numbers that are added to a sum on a CPU at a time: torch widens them first, into half a MiB that stays in
+caches instead of new pages as large as the sum."""
 
 
 def can_add_product(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether one product adds to a sum in fp32, of operands of ``dtype`` on ``device``; bf16 on a CPU has none."""
-    if dtype == torch.float32:
-        return True
-    return dtype == torch.bfloat16 and device.type == "cuda" and TorchVersion(torch.__version__) >= FIRST_MIXED
+    """Whether ``add_product_`` takes operands of ``dtype`` on ``device``."""
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        return TorchVersion(torch.__version__) >= FIRST_MIXED
+    return dtype in (torch.float32, torch.bfloat16)
 
 
 def add_product_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
     """Add ``grad.T @ x``, the gradient of the matrix in ``x @ weight.T``, to ``total``.
 
     Args:
-        total_OI: the sum so far, fp32; changed in place.
+        total_OI: the sum so far, fp32, contiguous; changed in place.
         grad_SO: gradient of the output, of a dtype that ``can_add_product`` takes.
         x_SI: the input, in the same dtype.
     """
     if x_SI.dtype == total_OI.dtype:
         torch.addmm(total_OI, grad_SO.t(), x_SI, out=total_OI)
-    else:
+    elif x_SI.device.type == "cuda":
         torch.addmm(total_OI, grad_SO.t(), x_SI, out_dtype=total_OI.dtype, out=total_OI)
+    else:
+        product_OI = grad_SO.t() @ x_SI
+        for total, product in zip(total_OI.view(-1).split(PIECE), product_OI.view(-1).split(PIECE), strict=True):
+            total += product
 
 
 def add_product_reference_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
