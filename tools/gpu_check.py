@@ -27,6 +27,7 @@ from megavid.errors import ConfigError
 from megavid.models.te import check_usable
 from megavid.ops.compiled import compiled_devices, why_not_compiled_for
 from megavid.ops.fp8 import E4M3
+from megavid.ops.fp8_linear import RecipeName, multiplies_in_eight_bits
 from megavid.parallel import mcore
 from megavid.plan.flops import model_flops
 from megavid.plan.memory import memory_of
@@ -81,6 +82,14 @@ def find_te() -> int:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2
     print(f"Transformer Engine {mcore.get_te_version()}")
+    return 0
+
+
+def list_recipes(device: str) -> int:
+    """Name the recipes whose products run in eight bits on ``device``, those with tiles where their trial passes."""
+    recipes: tuple[RecipeName, ...] = ("tensorwise", "delayed", "blockwise", "mxfp8")
+    where = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    print(*(recipe for recipe in recipes if multiplies_in_eight_bits(recipe, where)))
     return 0
 
 
@@ -190,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts.add_parser("device", help="name the GPU; status 2 without one")
     parts.add_parser("kernels", help="status 1 where the ops are not compiled for a GPU")
     parts.add_parser("te", help="status 2 where linears of Transformer Engine cannot be used")
+    recipes = parts.add_parser("recipes", help="those of precision.fp8 that multiply in eight bits here")
     ceiling = parts.add_parser("ceiling", help="matrix products and copies")
     step = parts.add_parser("step", help="training steps of one clip")
     step.add_argument("preset", help="whose widths")
@@ -205,8 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = parts.add_parser("page", help="put the figures together")
     page.add_argument("folder", type=Path, help="of a run of gpu_check.sh")
     page.add_argument("--out", type=Path, required=True, help="the page")
+    for part in (recipes, ceiling, step):
+        part.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default %(default)s)")
     for measured in (ceiling, step):
-        measured.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default %(default)s)")
         measured.add_argument("--json", type=Path, required=True, help="where the figures go")
     arguments = parser.parse_args(argv)
     match arguments.part:
@@ -216,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return find_kernels()
         case "te":
             return find_te()
+        case "recipes":
+            return list_recipes(arguments.device)
         case "page":
             arguments.out.write_text("\n".join(page_of(arguments.folder)) + "\n")
         case part:

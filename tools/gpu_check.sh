@@ -78,7 +78,10 @@ for choice in reference compiled; do
   train "dense_$choice" "${dense[@]}" --ops $choice
 done
 [ $device = cpu ] || train dense_cudnn "${dense[@]}" --attention cudnn
-train dense_tensorwise "${dense[@]}" --fp8 tensorwise
+recipes=$("$python" tools/gpu_check.py recipes --device $device) || failed=1
+for recipe in $recipes; do
+  train "dense_$recipe" "${dense[@]}" --fp8 "$recipe"
+done
 if [ $has_te = 1 ]; then
   train dense_te "${dense[@]}" --linears transformer_engine
   train dense_te_tensorwise "${dense[@]}" --linears transformer_engine --fp8 tensorwise

@@ -219,21 +219,26 @@ def _compiler() -> Finding:
 
 
 def _fp8() -> Finding:
-    name, effect = "FP8", "tensorwise and delayed on torch._scaled_mm; blockwise and mxfp8 turn back to wide numbers"
-    if trouble := why_not("megavid.ops.fp8"):
+    name = "FP8"
+    if trouble := why_not("megavid.ops.fp8_linear"):
         return Finding(name, "off", trouble, "as the row of torch says")
     import torch
 
-    from megavid.ops.fp8 import has_scaled_mm
+    from megavid.ops.fp8_linear import RecipeName, multiplies_in_eight_bits
 
-    if not torch.cuda.is_available():
-        return Finding(name, "on", "torch's product on CPU: right, not fast", effect)
-    device = torch.device("cuda", torch.cuda.current_device())
-    if not has_scaled_mm(device):
+    is_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+    recipes: tuple[RecipeName, ...] = ("tensorwise", "delayed", "blockwise", "mxfp8")
+    taken = [recipe for recipe in recipes if multiplies_in_eight_bits(recipe, device)]
+    if not taken:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         found = f"the GPU's compute capability {capability} has no product in FP8, which begin with 8.9"
         return Finding(name, "warn", found, "every recipe turns back to wide numbers: right, and slower than bf16")
-    return Finding(name, "on", "torch's product on the GPU; not measured on one yet", effect)
+    effect = f"{', '.join(taken)} multiply in eight bits"
+    if back := [recipe for recipe in recipes if recipe not in taken]:
+        effect += f"; {', '.join(back)} turn back to wide numbers"
+    found = "torch's products on the GPU, tried just now" if is_gpu else "torch's product on CPU: right, not fast"
+    return Finding(name, "on", found, effect)
 
 
 def _inference() -> Finding:

@@ -1,12 +1,9 @@
-"""Eight-bit floats: tensors with their scales, and the matrix product of two of them.
+"""Eight-bit floats: tensors with their scales, and what they stand for.
 
-Owns the formats, the rounding and the product; which tensor is scaled how is ``megavid.ops.fp8_linear``'s. All scales
-are powers of two. So scaling itself is exact, and two ranks that choose other scales for the same number still round it
-to the same value, unless it is so small that it leaves the format's range: that is what law 1 rests on in FP8.
-
-``scaled_matmul`` runs ``torch._scaled_mm`` for operands of one scale each, on CPU and on NVIDIA GPUs of compute
-capability 8.9 and up. Operands with tiles are turned back into wide numbers and multiplied as such, which is right
-everywhere and no faster than a wide product: torch 2.13 has their product on some GPUs only, and it was not tried.
+Owns the formats and the rounding; which tensor is scaled how is ``megavid.ops.fp8_linear``'s, products are
+``megavid.ops.scaled_matmul``'s. All scales are powers of two. So scaling itself is exact, and two ranks that choose
+other scales for the same number still round it to the same value, unless it is so small that it leaves the format's
+range: that is what law 1 rests on in FP8.
 """
 
 from collections.abc import Sequence
@@ -26,8 +23,6 @@ ABSOLUTE_ERROR = {E4M3: 2.0**-10, E5M2: 2.0**-17}
 """Largest rounding error of a number below it, in units of its scale: half the smallest number."""
 EXPONENT_LIMIT = 126
 """Scales are 2^-126 to 2^126: they and their inverses are normal numbers of fp32."""
-CUDA_ALIGNMENT = 16
-"""``torch._scaled_mm`` on a GPU wants both widths of a matrix to be multiples of this."""
 
 
 class Quantized(NamedTuple):
@@ -133,36 +128,8 @@ def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     return data * scale.repeat_interleave(x.tile[1], -1)[..., :columns]
 
 
-def scaled_matmul(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-    """``a @ b.T`` of two matrices, summed in fp32.
-
-    Args:
-        a: [M, K].
-        b: [N, K]; not both e5m2, which GPUs cannot multiply.
-        dtype: of the result.
-
-    Returns:
-        [M, N].
-
-    Raises:
-        ValueError: the widths differ, or both are e5m2.
-    """
-    if a.data.shape[-1] != b.data.shape[-1]:
-        raise ValueError(f"scaled_matmul: a and b must have one width, got {a.data.shape[-1]} and {b.data.shape[-1]}")
-    if a.data.dtype == b.data.dtype == E5M2:
-        raise ValueError("scaled_matmul: a and b must not both be e5m2; GPUs have no such product")
-    if a.data.numel() == 0 or b.data.numel() == 0:
-        return torch.zeros(a.data.shape[0], b.data.shape[0], dtype=dtype, device=a.data.device)
-    if a.tile is b.tile is None:
-        if a.data.device.type == "cpu":
-            return _scaled_mm(a, b, dtype)
-        if has_scaled_mm(a.data.device) and b.data.shape[0] % CUDA_ALIGNMENT == 0:
-            return _scaled_mm(_aligned(a), _aligned(b), dtype)
-    return scaled_matmul_reference(a, b, dtype)
-
-
 def scaled_matmul_reference(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-    """The slow, obvious twin of ``scaled_matmul``, for any scales: wide numbers, multiplied in fp32."""
+    """``a @ b.T``, the slow, obvious way: wide numbers, multiplied in fp32. For [M, K] and [N, K] with any scales."""
     return (dequantize(a) @ dequantize(b).t()).to(dtype)
 
 
@@ -172,25 +139,6 @@ def _widened(data: Tensor) -> Tensor:
         return data.float()
     table = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
     return table.index_select(0, data.view(torch.uint8).to(torch.int32).reshape(-1)).view(data.shape)
-
-
-def has_scaled_mm(device: torch.device) -> bool:
-    """Whether ``device`` multiplies eight-bit matrices with one scale each."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-    narrow = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-    return torch._scaled_mm(a.data, b.data.t(), scale_a=a.scale, scale_b=b.scale, out_dtype=narrow).to(dtype)
-
-
-def _aligned(x: Quantized) -> Quantized:
-    """Rows one after the other, as GPUs want both operands, and zeros behind them up to a multiple of 16."""
-    missing = -x.data.shape[-1] % CUDA_ALIGNMENT
-    if missing:  # as bytes: padding knows no eight-bit floats, and a byte of 0 is their 0
-        data = torch.nn.functional.pad(x.data.view(torch.uint8), (0, missing)).view(x.data.dtype)
-        return Quantized(data, x.scale)
-    return Quantized(x.data.contiguous(), x.scale)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized, scaled_matmul
+from megavid.ops.device_products import Format, has_tiled_product
+from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized
 from megavid.ops.fp8_ops import REFERENCE_FP8, Fp8Ops
 from megavid.ops.nvfp4 import ROW, SQUARE, quantize_nvfp4
+from megavid.ops.scaled_matmul import has_scaled_mm, scaled_grouped_matmul, scaled_matmul
 
 RecipeName = Literal["tensorwise", "delayed", "blockwise", "mxfp8", "nvfp4"]
 Role = Literal["input", "weight", "gradient"]
@@ -94,6 +96,19 @@ class Recipe:
         return self.ops.quantize_tiles(x, tile, self.dtype(role), scale_dtype=self.scale_dtype)
 
 
+def multiplies_in_eight_bits(name: RecipeName, device: torch.device) -> bool:
+    """Whether ``device`` multiplies the operands of a recipe as they are, not turned back to wide numbers.
+
+    A GPU that is asked for the first time tries (``megavid.ops.device_products``).
+    """
+    recipe = Recipe.of(name, "auto")
+    if not recipe.has_tiles:
+        return has_scaled_mm(device)
+    inputs, weight, gradient = (Format(recipe.dtype(role), recipe.tile(role)) for role in ROLES)
+    pairs = ((inputs, weight), (gradient, weight), (gradient, inputs))
+    return all(has_tiled_product(device, a, b, torch.bfloat16) for a, b in pairs)
+
+
 class Scaling(Protocol):
     """What a layer's products ask for: the scales of whole tensors, and who watches the rounding."""
 
@@ -126,7 +141,7 @@ def fp8_linear(x: Tensor, weight_OI: Tensor, scaling: Scaling) -> Tensor:
 
 
 def fp8_grouped_linear(x_SI: Tensor, weight_eOI: Tensor, sizes: list[int], scaling: Scaling) -> Tensor:
-    """``x @ weight[expert of the row].T`` in eight bits, one product for each expert.
+    """``x @ weight[expert of the row].T`` in eight bits, expert by expert.
 
     Args:
         x_SI: rows sorted by expert.
@@ -151,7 +166,7 @@ def fp8_grouped_product(
     It has no gradient, and its scales belong to tiles.
     """
     weight8 = scaling.recipe.quantize(weight_eOI, "weight", None)
-    return _by_expert(x_SI, weight8, sizes, dtype)
+    return scaled_grouped_matmul(x_SI, weight8, sizes, dtype)
 
 
 class _Kept(NamedTuple):
@@ -179,7 +194,7 @@ class _Fp8Linear(torch.autograd.Function):
         else:
             parts = []
         ctx.save_for_backward(weight_eOI, scales["weight"], *parts)
-        return _by_expert(x8, weight8, sizes, x_SI.dtype)
+        return scaled_grouped_matmul(x8, weight8, sizes, x_SI.dtype)
 
     @staticmethod
     @once_differentiable
@@ -193,7 +208,7 @@ class _Fp8Linear(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             weight8 = recipe.quantize(weight_eOI.transpose(-1, -2), "weight", weight_scale)
-            grad_x = _by_expert(grad8, weight8, sizes, grad_SO.dtype)
+            grad_x = scaled_grouped_matmul(grad8, weight8, sizes, grad_SO.dtype)
         if ctx.needs_input_grad[1]:
             if recipe.has_tiles:
                 x8 = [Quantized(data, scale, recipe.tile("input")) for data, scale in zip(parts[::2], parts[1::2])]
@@ -204,17 +219,6 @@ class _Fp8Linear(torch.autograd.Function):
             pairs = zip(gradients, x8, strict=True)
             grad_weight = torch.stack([scaled_matmul(gradient, x, weight_eOI.dtype) for gradient, x in pairs])
         return grad_x, grad_weight, None, None, None
-
-
-def _by_expert(x: Quantized, weight: Quantized, sizes: list[int], dtype: torch.dtype) -> Tensor:
-    """``x @ weight[expert].T``, expert by expert."""
-    if len(sizes) == 1:
-        return scaled_matmul(x, weight.matrix(0), dtype)
-    outs, start = [], 0
-    for expert, size in enumerate(sizes):
-        outs.append(scaled_matmul(x.rows(start, start + size), weight.matrix(expert), dtype))
-        start += size
-    return torch.cat(outs)
 
 
 def _along_tokens(recipe: Recipe, x_SI: Tensor, sizes: list[int], role: Role) -> list[Quantized]:

@@ -40,7 +40,8 @@ def add_product_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
         torch.addmm(total_OI, grad_SO.t(), x_SI, out_dtype=total_OI.dtype, out=total_OI)
     else:
         product_OI = grad_SO.t() @ x_SI
-        for total, product in zip(total_OI.view(-1).split(PIECE), product_OI.view(-1).split(PIECE), strict=True):
+        pieces = (torch.split(x.view(-1), PIECE) for x in (total_OI, product_OI))
+        for total, product in zip(*pieces, strict=True):
             total += product
 
 

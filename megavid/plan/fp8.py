@@ -16,6 +16,8 @@ Units = Literal["", "fp8", "turned back"]
 """What multiplies: "" as without FP8; "fp8" units for eight bits; wide ones, of numbers that were turned back."""
 TILED = {"blockwise": 128, "mxfp8": 32}
 """Recipes whose scales belong to tiles: numbers along the sum that share one."""
+TILED_UNITS = {"blockwise": "hopper", "mxfp8": "blackwell"}
+"""Architectures whose products with these tiles torch has (``megavid.ops.device_products``)."""
 TILE_SHARE = 1 / 32
 """Bytes of scales for each number that is kept: four for 128 (blockwise), one for 32 (mxfp8)."""
 WIDE = 4
@@ -32,7 +34,8 @@ FUSED = 1
 """The same of the compiled ops: finding the largest magnitude reads, and so does rounding, with tiles too, which writes
 one byte."""
 IN_ORDER = 2
-"""Bytes for each number in eight bits whose rows are brought one after the other, as GPUs' products want them."""
+"""Bytes for each number in eight bits that is copied to lie as GPUs' products want it: rows one after the other, or
+with zeros behind tokens that do not fill a tile."""
 TURN_BACK_ONE, TURN_BACK_TILES = 13, 21
 """Bytes that turning a number back to fp32 moves: cast (5) and product with one scale (8); with tiles' scales each
 number's scale is written (4) and read (4) besides."""
@@ -83,12 +86,14 @@ def kept_bytes(
 def units_of(precision: PrecisionConfig, hardware: Hardware) -> Units:
     """What the products of layers in FP8 run on.
 
-    Tiles are turned back to wide numbers everywhere, and so are all recipes on GPUs without units for eight bits. A
-    machine that was probed has no rate of eight bits; its products are taken for as fast as wide ones.
+    Tiles are turned back to wide numbers on other architectures than theirs, and so are all recipes on GPUs without
+    units for eight bits. A machine that was probed has no rate of eight bits; its products are taken for as fast as
+    wide ones.
     """
     if precision.fp8 == "off":
         return ""
-    return "fp8" if precision.fp8 not in TILED and "fp8" in hardware.peak else "turned back"
+    is_taken = TILED_UNITS.get(precision.fp8, hardware.generation) == hardware.generation
+    return "fp8" if is_taken and "fp8" in hardware.peak else "turned back"
 
 
 def rounding_bytes(
@@ -110,13 +115,13 @@ def rounding_bytes(
         # The input and the gradient are rounded along both sides, the matrix once in each pass.
         forward = 2 * inputs * rounding + weights * rounding
         backward = 2 * gradients * rounding + weights * rounding
-        back = float(TURN_BACK_TILES)
+        back, moved = float(TURN_BACK_TILES), inputs + gradients
     else:
         forward = (inputs + weights) * (largest + rounding)
         backward = gradients * (largest + rounding) + weights * rounding
-        back = float(TURN_BACK_ONE)
+        back, moved = float(TURN_BACK_ONE), inputs + weights + gradients
     if units == "fp8":
-        return forward, backward + IN_ORDER * (inputs + weights + gradients)
+        return forward, backward + IN_ORDER * moved
     return forward + back * (inputs + weights), backward + back * (2 * gradients + weights + inputs)
 
 
@@ -132,8 +137,8 @@ def fp8_notes(config: RunConfig, hardware: Hardware, calibration: Calibration) -
             f"{calibration.fp8_matrix_ratio:.2f} times the share that bf16 reaches of its own, an assumption: products "
             "in FP8 were not measured on a GPU yet (docs/fp8.md)",
         )
-    why = "tiles' products" if name in TILED else f"products in FP8 on {hardware.name}"
+    tiles = f" with tiles of {TILED[name]}" if name in TILED else ""
     return (
-        f"precision.fp8 = '{name}': {why} are turned back to wide numbers, and planned so: slower than without FP8 "
-        "(docs/fp8.md)",
+        f"precision.fp8 = '{name}': products{tiles} on {hardware.name} are turned back to wide numbers, and planned "
+        "so: slower than without FP8 (docs/fp8.md)",
     )

@@ -86,7 +86,8 @@ def _temporaries(shapes: Shapes, layer: Layer) -> float:
     """Of the backward pass, without the gradients of the input and of the matrix, which wide layers have too.
 
     Rounding scales, cuts and casts, with tiles in a copy of whole ones, or needs nothing beside the bytes where it is
-    fused; turning back takes the numbers, their scales and their product, of one operand at a time.
+    fused; turning back takes the numbers, their scales and their product, of one operand at a time. Tiles are taken to
+    be turned back on every machine, as memory is planned without one; elsewhere it is less.
     """
     wide = 0 if shapes.is_fused else shapes.narrow
     experts = max(1, layer.experts)

@@ -1,16 +1,28 @@
-"""Rounding to FP8 on a GPU: the bytes and scales of the CPU's plain torch, bit for bit."""
+"""FP8 on a GPU: rounding gives the bytes and scales of the CPU's plain torch, bit for bit; products are their twins."""
 
 from itertools import product
 
 import pytest
 import torch
 
+from megavid.ops.device_products import ROW_32, TILED, Format, Tile, has_grouped_product, has_tiled_product
 from megavid.ops.expert_activation_fp8 import expert_activation_fp8_op
-from megavid.ops.fp8 import E4M3, E8M0, Quantized, amax_of, quantize, quantize_tiles
+from megavid.ops.fp8 import (
+    E4M3,
+    E5M2,
+    E8M0,
+    Quantized,
+    amax_of,
+    dequantize,
+    quantize,
+    quantize_tiles,
+    scaled_matmul_reference,
+)
 from megavid.ops.fp8_ops import COMPILED_FP8
+from megavid.ops.scaled_matmul import has_scaled_mm, scaled_grouped_matmul, scaled_matmul
 from tests.gpu.test_ops_cuda import on_gpu
 from tests.unit.test_ops_expert_activation_fp8 import OPS
-from tests.unit.test_ops_fp8 import rough
+from tests.unit.test_ops_fp8 import rough, rounded
 from tests.unit.test_ops_moe import SIZES, make
 from tests.unit.test_ops_quantize_fp8 import FORMATS, SHAPES, TILES, WIDES, assert_same, every_kind, halves
 
@@ -64,3 +76,43 @@ def test_the_activation_in_fp8_is_the_activation_rounded(op: str, dtype: torch.d
         for tile, scale_dtype in ((128, torch.float32), (32, E8M0)):
             found = expert_activation_fp8_op(*on_gpu(given), tile, scale_dtype)
             assert_same(back(found), quantize_tiles(wide, (1, tile), E4M3, scale_dtype=scale_dtype))
+
+
+def matrix(rows: int, tile: Tile, dtype: torch.dtype, seed: int) -> Quantized:
+    x = rough(rows, 640, seed=seed).cuda()
+    return quantize_tiles(x, tile, dtype, scale_dtype=E8M0 if tile == ROW_32 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("wide", WIDES)
+@pytest.mark.parametrize("pair", sorted(TILED, key=str), ids=str)
+def test_products_with_tiles_are_their_twins(pair: tuple[Tile, Tile], wide: torch.dtype, dtype: torch.dtype) -> None:
+    for rows, columns in ((1, 128), (141, 256), (1024, 1536)):
+        a, b = matrix(rows, pair[0], dtype, 1), matrix(columns, pair[1], E4M3, 2)
+        magnitudes = dequantize(a).abs() @ dequantize(b).abs().t()
+        gap = (scaled_matmul(a, b, wide).float() - scaled_matmul_reference(a, b, torch.float32)).abs()
+        assert (gap <= 0.005 * magnitudes).all()
+
+
+@pytest.mark.parametrize("sizes", [(30, 0, 34), (64, 0, 0), (1, 2, 61)])
+def test_products_of_experts_are_their_twins(sizes: tuple[int, ...]) -> None:
+    a, b = rounded(rough(64, 96).cuda(), "tensor"), rounded(rough(3, 48, 96, seed=1).cuda(), "tensor")
+    found = scaled_grouped_matmul(a, b, sizes, torch.bfloat16).float()
+    parts = [scaled_matmul_reference(rows, b.matrix(e), torch.float32) for e, rows in enumerate(cut(a, sizes))]
+    torch.testing.assert_close(found, torch.cat(parts), rtol=2.0**-7, atol=0.005 * float(found.abs().max()))
+
+
+def cut(x: Quantized, sizes: tuple[int, ...]) -> list[Quantized]:
+    return [x._replace(data=part) for part in torch.split(x.data, sizes)]
+
+
+def test_this_gpu_has_the_products_of_its_generation() -> None:
+    """A product that fails its trial is not taken, and nothing says so but this and ``megavid doctor``."""
+    device, capability = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_capability()
+    assert has_scaled_mm(device) is (capability >= (8, 9))
+    for a, b in TILED:
+        is_offered = capability[0] == 9 if a != ROW_32 else capability[0] >= 10
+        for dtype in (E4M3, E5M2):
+            assert has_tiled_product(device, Format(dtype, a), Format(E4M3, b), torch.bfloat16) is is_offered, (a, b)
+    form = Format(E4M3, None)
+    assert has_grouped_product(device, form, form, torch.bfloat16) is (capability in ((9, 0), (10, 0)))

@@ -14,6 +14,7 @@ STUB = """#!/bin/sh
 echo "needs kernels: $MEGAVID_NEEDS_KERNELS, $*" >>CALLS
 case "$*" in
   *"FAILING"*) exit STATUS ;;
+  *"gpu_check.py recipes"*) echo "tensorwise blockwise" ;;
   *"gpu_check.py page"*) echo "figures of this run" >"$5" ;;
 esac
 """
@@ -47,6 +48,8 @@ def test_a_run_without_failures_leaves_its_page(tmp_path: Path) -> None:
     found = run(tmp_path, failing="no such command")
     assert found[:3] == (0, NEW, NEW)
     assert "needs kernels: 1, -m pytest -q tests/gpu" in found.calls
+    for recipe in ("tensorwise", "blockwise"):  # those that the GPU multiplies in eight bits
+        assert f"--layers 30 --fp8 {recipe} " in found.calls
 
 
 def test_kernels_that_are_not_there_fail_the_run(tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ from megavid.ops.fp8 import (
     quantize,
     quantize_tiles,
     scale_of,
-    scaled_matmul,
     scaled_matmul_reference,
 )
 from megavid.ops.fp8_linear import ROLES, Recipe, RecipeName, Role, fp8_grouped_linear, fp8_linear
 from megavid.ops.grouped_experts import ExpertScalings, ExpertWeights, grouped_experts
+from megavid.ops.scaled_matmul import scaled_matmul
 
 RECIPES: tuple[RecipeName, ...] = ("tensorwise", "delayed", "blockwise", "mxfp8")
 TILES = {"tensor": None, "1x128": (1, 128), "128x128": (128, 128), "1x32": (1, 32)}

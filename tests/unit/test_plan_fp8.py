@@ -67,8 +67,8 @@ def test_units_are_those_that_the_products_run_on(recipe: str) -> None:
         name="cpu", peak={"fp32": 1e11}, memory_bytes=2**33, memory_rate=1e10, nvlink_rate=1e9, nvlink_domain=8,
         network_rate=1e9,
     )  # fmt: skip
-    has_tiles = recipe in ("blockwise", "mxfp8")
-    assert units_of(precision, H100) == ("turned back" if has_tiles else "fp8")
+    assert units_of(precision, H100) == ("turned back" if recipe == "mxfp8" else "fp8")
+    assert units_of(precision, hardware("gb200")) == ("turned back" if recipe == "blockwise" else "fp8")
     assert units_of(precision, A100) == units_of(precision, cpu) == "turned back"
     assert units_of(PrecisionConfig(), H100) == ""
 
@@ -122,6 +122,9 @@ def test_three_products_round_their_operands_this_often() -> None:
     forward, backward = rounding_bytes(PrecisionConfig(fp8="mxfp8"), "turned back", operands, size)
     assert forward == 2100 * tile + 1100 * 21
     assert backward == (20 + 100) * tile + (2 * 10 + 100 + 1000) * 21
+    forward, backward = rounding_bytes(PrecisionConfig(fp8="blockwise"), "fp8", operands, size)
+    assert forward == 2100 * tile
+    assert backward == (20 + 100) * tile + 2 * 1010  # tokens that do not fill a tile
     forward, backward = rounding_bytes(PrecisionConfig(fp8="tensorwise"), "fp8", operands, size, is_fused=True)
     assert forward == 1100 * (2 * size + 1)
     assert backward == 10 * (2 * size + 1) + 100 * (size + 1) + 2 * 1110
@@ -154,15 +157,20 @@ def test_products_are_faster_on_units_for_eight_bits_and_slower_turned_back(pres
         times[recipe] = step_time(*plan, H100, CALIBRATION)
         assert ("rounding" in times[recipe].parts) == (recipe != "off")
         slow = step_time(*plan, H100, CALIBRATION.with_numbers(fp8_matrix_ratio=0.4))
-        assert (slow.total > times[recipe].total) == (recipe in ("tensorwise", "delayed"))
+        assert (slow.total > times[recipe].total) == (recipe in ("tensorwise", "delayed", "blockwise"))
     for part in ("projections", "experts" if "moe" in preset else "dense_ffn"):
         off, one, tiles = (times[recipe].parts[part] for recipe in ("off", "tensorwise", "mxfp8"))
         assert 0.6 * off < one < 0.75 * off
         assert tiles > 8 * off
+        # Tiles of 128 have a product on this GPU, those of 32 have not.
+        assert times["blockwise"].parts[part] == one
     assert times["tensorwise"].parts["self_attention"] == times["off"].parts["self_attention"]
     # Delayed scales are known before the tensor is there: no rank waits for another's.
-    assert times["delayed"].total < times["tensorwise"].total < times["blockwise"].total
-    assert times["blockwise"].parts == times["mxfp8"].parts
+    assert times["delayed"].total < times["tensorwise"].total < times["mxfp8"].total
+    # Tiles are rounded along both sides; turning back comes on top.
+    assert (
+        times["tensorwise"].parts["rounding"] < times["blockwise"].parts["rounding"] < times["mxfp8"].parts["rounding"]
+    )
 
 
 def test_kept_inputs_are_a_byte_a_number_and_whole_tiles() -> None:

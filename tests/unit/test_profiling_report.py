@@ -203,10 +203,10 @@ def test_measured_seconds_stand_beside_the_part_that_is_predicted() -> None:
 
 
 def test_a_profile_in_fp8_says_so_and_what_its_prediction_takes_it_for() -> None:
-    config = load_run("tiny", ["--precision.dtype", "bf16", "--precision.fp8", "blockwise"])
-    assert config.precision.describe() == "bf16, FP8 blockwise"
+    config = load_run("tiny", ["--precision.dtype", "bf16", "--precision.fp8", "mxfp8"])
+    assert config.precision.describe() == "bf16, FP8 mxfp8"
     machine = hardware("h100-80gb"), gpu_calibration()
     owners = {Owner("forward", "experts", "operators"): 1.0}
     table = prediction_rows(config, layout_of(config, 1), [[96] * 8], machine, owners, 9.0)
-    assert "precision.fp8 = 'blockwise': tiles' products are turned back to wide numbers" in table["notes"][0]
+    assert "precision.fp8 = 'mxfp8': products with tiles of 32 on h100-80gb are turned back" in table["notes"][0]
     assert "turned back to wide numbers, and planned so" in _prediction("real", table)
