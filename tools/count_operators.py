@@ -1,7 +1,8 @@
 """Count the memory-bound bytes and the operators of our blocks: ``python tools/count_operators.py --write``.
 
 Runs forward and backward of tiny models on this process, looks at every operator that torch dispatches, and solves for
-bytes per token and width. ``megavid/plan/operators.toml`` holds the result; the planner reads it without torch.
+bytes per token and width. ``megavid/plan/operators.toml`` holds the result; the planner reads it without torch. In bf16
+it has an operator too many for each matrix: a CPU adds its gradient after the product, GPUs within it.
 """
 
 import argparse

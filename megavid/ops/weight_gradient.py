@@ -39,10 +39,15 @@ def add_product_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
     elif x_SI.device.type == "cuda":
         torch.addmm(total_OI, grad_SO.t(), x_SI, out_dtype=total_OI.dtype, out=total_OI)
     else:
-        product_OI = grad_SO.t() @ x_SI
-        pieces = (torch.split(x.view(-1), PIECE) for x in (total_OI, product_OI))
-        for total, product in zip(*pieces, strict=True):
-            total += product
+        _add_narrow_(total_OI, grad_SO.t() @ x_SI)
+
+
+def _add_narrow_(total: Tensor, product: Tensor) -> None:
+    if product.numel() <= PIECE:
+        total += product
+        return
+    for wide, narrow in zip(torch.split(total.view(-1), PIECE), torch.split(product.view(-1), PIECE), strict=True):
+        wide += narrow
 
 
 def add_product_reference_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
