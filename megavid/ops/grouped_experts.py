@@ -1,13 +1,14 @@
 """The experts' feed-forward on one rank: rows sorted by expert, one matrix product per expert, gates inside.
 
 Owns the math and its gradients. ``grouped_experts`` runs all experts of a rank in one grouped product where torch has
-one for the dtype; ``grouped_experts_reference`` is the slow twin that defines it. Knows no rank: what an expert-tensor
-rank does not hold (hidden units, columns of the last bias) is missing from its weights and from its output alike.
+one for the dtype; ``grouped_experts_reference`` is the slow twin that defines it; ``feed_forward`` is what is between
+and after the products, whoever computes them. Knows no rank: what an expert-tensor rank does not hold (hidden units,
+columns of the last bias) is missing from its weights and from its output alike.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from megavid.ops.moe_ops import Activate, ActivateFp8
 from megavid.ops.weight_gradient import GradientSum, add_product_
 
 Activation = Literal["gelu", "swiglu"]
-Hidden = TypeVar("Hidden", Tensor, Quantized)
+Product = Callable[[Tensor], Tensor]
+"""``x @ matrix[expert of the row].T`` of rows sorted by expert."""
 
 # What torch.nn.functional.grouped_mm takes; fp64 goes expert by expert.
 GROUPED_DTYPES = (torch.float32, torch.bfloat16)
@@ -45,6 +47,22 @@ class ExpertWeights(NamedTuple):
     up_bias_eM: Tensor | None = None
     gate_bias_eM: Tensor | None = None
     down_bias_eD: Tensor | None = None
+
+
+class ExpertProducts(NamedTuple):
+    """Products with the three matrices of every expert of a rank, by whoever holds them; None: there is no gate."""
+
+    up: Product
+    down: Callable[[Any], Tensor]  # of what the activation gives: wide numbers, or eight bits with their scales
+    gate: Product | None = None
+
+
+class ExpertBiases(NamedTuple):
+    """Biases of ``ExpertWeights``."""
+
+    up_eM: Tensor | None = None
+    gate_eM: Tensor | None = None
+    down_eD: Tensor | None = None
 
 
 class ExpertScalings(NamedTuple):
@@ -100,38 +118,76 @@ def grouped_experts(
     """
     rows = _Rows.of(tokens_per_expert, x_SD)
     scalings, sums = scalings or ExpertScalings(), sums or ExpertSums()
+
+    def product(weight_eOI: Tensor, scaling: Scaling | None, total: GradientSum | None) -> Product:
+        return partial(_linear, weight_eOI=weight_eOI, rows=rows, scaling=scaling, total=total)
+
+    products = ExpertProducts(
+        product(weights.up_eMD, scalings.up, sums.up),
+        product(weights.down_eDM, scalings.down, sums.down),
+        None if weights.gate_eMD is None else product(weights.gate_eMD, scalings.gate, sums.gate),
+    )
+    biases = ExpertBiases(weights.up_bias_eM, weights.gate_bias_eM, weights.down_bias_eD)
+    run = partial(
+        feed_forward, x_SD, rows.expert_S, biases=biases, probability_S=probability_S, first_column=first_column
+    )
     down = scalings.down
     # A backward pass would want the activation along the tokens too, and who watches wants it wide.
     if activate_fp8 and down and down.recipe.input_tile and not (torch.is_grad_enabled() or down.is_watching):
         in_tiles = partial(activate_fp8, tile=down.recipe.input_tile, scale_dtype=down.recipe.scale_dtype)
-        weighted8 = _hidden(x_SD, weights, probability_S, rows, in_tiles, scalings, sums)
-        out_SD = fp8_grouped_product(weighted8, weights.down_eDM, rows.sizes.tolist(), down, x_SD.dtype)
-    else:
-        weighted_SM = _hidden(x_SD, weights, probability_S, rows, activate or activate_plainly, scalings, sums)
-        out_SD = _linear(weighted_SM, weights.down_eDM, rows, down, sums.down)
-    if weights.down_bias_eD is None:
+        of_tiles = partial(
+            fp8_grouped_product, weight_eOI=weights.down_eDM, sizes=rows.sizes.tolist(), scaling=down, dtype=x_SD.dtype
+        )
+        return run(products._replace(down=of_tiles), activate=in_tiles)
+    return run(products, activate=activate or activate_plainly)
+
+
+def feed_forward(
+    x_SD: Tensor,
+    expert_S: Tensor,
+    products: ExpertProducts,
+    biases: ExpertBiases,
+    probability_S: Tensor,
+    *,
+    activate: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor], Tensor | Quantized],
+    first_column: int = 0,
+) -> Tensor:
+    """``grouped_experts`` but for the products with the matrices, which are the caller's.
+
+    Args:
+        x_SD: rows sorted by expert.
+        expert_S: expert of each row, see ``expert_of_rows``.
+        products: with the matrices.
+        biases: of the experts.
+        probability_S: gate of each row.
+        activate: what is between the products.
+        first_column: first output column that ``biases.down_eD`` belongs to.
+    """
+    out_SD = products.down(_hidden(x_SD, expert_S, products, biases, probability_S, activate))
+    if biases.down_eD is None:
         return out_SD
-    return _add_bias(out_SD, weights.down_bias_eD, probability_S, rows.expert_S, first_column)
+    return _add_bias(out_SD, biases.down_eD, probability_S, expert_S, first_column)
+
+
+def expert_of_rows(tokens_per_expert: Tensor, x_SD: Tensor) -> Tensor:
+    """Expert of each of the rows ``x_SD``, sorted by expert, int64 [S] on their device; waits for nothing."""
+    sizes = tokens_per_expert.to(x_SD.device, non_blocking=True)
+    numbers = torch.arange(sizes.numel(), device=x_SD.device)
+    return torch.repeat_interleave(numbers, sizes, output_size=x_SD.shape[0])
 
 
 def _hidden(
     x_SD: Tensor,
-    weights: ExpertWeights,
+    expert_S: Tensor,
+    products: ExpertProducts,
+    biases: ExpertBiases,
     probability_S: Tensor,
-    rows: "_Rows",
-    activate: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor], Hidden],
-    scalings: ExpertScalings,
-    sums: ExpertSums,
-) -> Hidden:
+    activate: Callable[..., Tensor | Quantized],
+) -> Tensor | Quantized:
     """Hidden activations times the gate; nothing that autograd does not keep outlives the call."""
-    return activate(
-        _linear(x_SD, weights.up_eMD, rows, scalings.up, sums.up),
-        None if weights.gate_eMD is None else _linear(x_SD, weights.gate_eMD, rows, scalings.gate, sums.gate),
-        weights.up_bias_eM,
-        weights.gate_bias_eM,
-        rows.expert_S,
-        probability_S,
-    )
+    up_SM = products.up(x_SD)
+    gate_SM = None if products.gate is None else products.gate(x_SD)
+    return activate(up_SM, gate_SM, biases.up_eM, biases.gate_eM, expert_S, probability_S)
 
 
 def activate_plainly(
@@ -188,10 +244,8 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, tokens_per_expert: Tensor, x_SD: Tensor) -> "_Rows":
-        sizes = tokens_per_expert.to(x_SD.device, non_blocking=True)
-        ends = sizes.cumsum(0).to(torch.int32)
-        numbers = torch.arange(sizes.numel(), device=x_SD.device)
-        return cls(tokens_per_expert, ends, torch.repeat_interleave(numbers, sizes, output_size=x_SD.shape[0]))
+        ends = tokens_per_expert.to(x_SD.device, non_blocking=True).cumsum(0).to(torch.int32)
+        return cls(tokens_per_expert, ends, expert_of_rows(tokens_per_expert, x_SD))
 
 
 def _linear(
