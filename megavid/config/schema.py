@@ -159,7 +159,7 @@ class PrecisionConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Weights and activations; master weights, gradients, router and Wan's fp32 list stay fp32."""
     linears: Literal["native", "transformer_engine"] = "native"
-    """Whose linears blocks are built from, experts aside; Transformer Engine's need a GPU, and have not run on one."""
+    """Whose linears blocks and experts are built from; Transformer Engine's need a GPU, and have not run on one."""
     fp8: Literal["off", "tensorwise", "delayed", "blockwise", "mxfp8"] = "off"
     """Products of the inner blocks' matrices in FP8, with scales from the tensor at hand, from earlier steps, by 128 x
     128 or by 32 numbers; attention itself, norms, modulation, router, embedders and head stay out."""

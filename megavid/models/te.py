@@ -1,7 +1,8 @@
-"""Column- and row-parallel linears of Transformer Engine, by megatron-core's wrappers, in the place of megavid's own.
+"""Linears of Transformer Engine, by megatron-core's wrappers, in the place of megavid's own: one matrix, or experts'.
 
 Owns what they are told: the recipe of ``precision.fp8`` as megatron-core's, layer by layer, and that nothing of a
-matrix is kept between calls. Names, placements and values are ``megavid.models.build``'s, the same for both.
+matrix is kept between calls. Names, placements and values are ``megavid.models.build``'s and, of experts,
+``megavid.models.moe.experts``'s, the same for both.
 """
 
 from collections.abc import Callable
@@ -73,6 +74,24 @@ def te_row(fp8: Fp8Build | None) -> Callable[..., Any]:
     )
 
 
+def te_grouped(fp8: Fp8Build | None, *, is_row: bool) -> Callable[..., Any]:
+    """What builds a grouped linear without biases: one matrix for each of a rank's experts, ``weight0`` and so on.
+
+    Args:
+        fp8: of the block; None where its products are in ``precision.dtype``.
+        is_row: expert-tensor ranks share columns of the matrices, not rows. What they share nobody sums here.
+    """
+    build = mcore.TERowParallelGroupedLinear if is_row else mcore.TEColumnParallelGroupedLinear
+    return lambda *sizes, config, **given: build(
+        *sizes, config=_config(config, fp8), bias=False, skip_bias_add=False, is_expert=True, **given
+    )
+
+
+def row_multiple(fp8: Fp8Build | None) -> int:
+    """What the rows of each expert must be a multiple of while its products are in FP8."""
+    return 1 if fp8 is None else int(mcore.get_fp8_align_size(fp8.recipe.name))
+
+
 class InFp8(nn.Module):
     """A linear of Transformer Engine whose products are in FP8 while gradients are wanted, called like the linear.
 
@@ -85,11 +104,11 @@ class InFp8(nn.Module):
         super().__init__()
         self.linear = linear
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, *given: Any) -> tuple[Tensor, Tensor | None]:
         """What the linear gives: the output, and the bias that is still to be added, if any."""
         region = mcore.get_fp8_context(self.linear.config) if torch.is_grad_enabled() else nullcontext()
         with region:
-            out: tuple[Tensor, Tensor | None] = self.linear(x)
+            out: tuple[Tensor, Tensor | None] = self.linear(*given)
         return out
 
 

@@ -63,7 +63,7 @@ with warnings.catch_warnings(), _nothing_compiled():
         DistributedDataParallelConfig,
     )
     from megatron.core.enums import ModelType
-    from megatron.core.fp8_utils import get_fp8_context
+    from megatron.core.fp8_utils import get_fp8_align_size, get_fp8_context
     from megatron.core.optimizer import (
         ChainedOptimizer,
         MegatronOptimizer,
@@ -102,8 +102,14 @@ with warnings.catch_warnings(), _nothing_compiled():
     from megatron.core.utils import get_te_version, is_te_min_version
 
     if HAS_TE:
-        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelGroupedLinear,
+            TEColumnParallelLinear,
+            TERowParallelGroupedLinear,
+            TERowParallelLinear,
+        )
     else:  # what megatron-core has under these names then is a mock
+        TEColumnParallelGroupedLinear = TERowParallelGroupedLinear = None
         TEColumnParallelLinear = TERowParallelLinear = None
 
 __all__ = [
@@ -128,7 +134,9 @@ __all__ = [
     "ParamPredicate",
     "ProcessGroupCollection",
     "RowParallelLinear",
+    "TEColumnParallelGroupedLinear",
     "TEColumnParallelLinear",
+    "TERowParallelGroupedLinear",
     "TERowParallelLinear",
     "TransformerConfig",
     "build_moe_layer",
@@ -139,6 +147,7 @@ __all__ = [
     "gather_from_tensor_model_parallel_region",
     "get_cuda_rng_tracker",
     "get_forward_backward_func",
+    "get_fp8_align_size",
     "get_fp8_context",
     "get_megatron_optimizer",
     "get_te_version",

@@ -1,7 +1,7 @@
 """Linears of Transformer Engine in the place of megavid's own, with a stand-in for the package.
 
-What is shown: they get the right sizes, groups, weights and regions of FP8, and nothing else of a run changes. What is
-not: anything that Transformer Engine itself computes, which is tests/gpu/test_te_cuda.py's.
+What is shown: they get the right sizes, groups, weights, rows and regions of FP8, and nothing else of a run changes.
+What is not: anything that Transformer Engine itself computes, which is tests/gpu/test_te_cuda.py's.
 """
 
 import os
@@ -72,21 +72,34 @@ def test_runs_in_fp8_are_near(found: Found, name: str) -> None:
     [
         ("tensorwise", "Float8CurrentScaling HYBRID"),
         ("experts tensorwise e4m3", "Float8CurrentScaling E4M3"),
-        ("blockwise", "Float8BlockScaling E4M3"),
+        ("experts blockwise", "Float8BlockScaling E4M3"),
+        ("experts in four bits", "Float8CurrentScaling HYBRID"),
     ],
 )
 def test_inner_blocks_are_in_regions_of_the_recipe(found: Found, name: str, recipe: str) -> None:
     regions = found[name, "regions"]
-    assert len(regions) == 4 * 7, sorted(regions)
+    has_experts = name in ("experts tensorwise e4m3", "experts blockwise")
+    assert len(regions) == 4 * 7 + 2 * 3 * has_experts, sorted(regions)
     for layer, told in regions.items():
         is_inner = layer.startswith(("blocks.1.", "blocks.2.")) and not layer.endswith("cross_attention.kv")
         assert told == ({recipe} if is_inner else {"none"}), layer
 
 
+@pytest.mark.mcore
+def test_native_linears_in_another_layout_load_what_its_linears_saved(found: Found) -> None:
+    saved, loaded = (assemble([rank["saved"] for rank in found[which]]) for which in ("saved", "loaded"))
+    assert any(name.startswith("exp_avg/") and ".experts.3.down.weight" in name for name in saved)
+    assert loaded.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(loaded[name], tensor), name
+    assert found["loaded"][0]["loss"] == pytest.approx(found["saved"][0]["loss"], rel=LOSS_FP32)
+
+
+@pytest.mark.parametrize("family", ["wan", "wan_moe"])
 @pytest.mark.parametrize("name", ["bf16", "bf16, tensorwise"])
-def test_one_layer_is_as_near_to_fp32(found: Found, name: str) -> None:
-    given = (found[f"passes {name}", which] for which in ("native", "transformer_engine"))
-    ours, theirs = (errors(told, found["passes"]) for told in given)
+def test_one_layer_is_as_near_to_fp32(found: Found, family: str, name: str) -> None:
+    given = (found[family, name, which] for which in ("native", "transformer_engine"))
+    ours, theirs = (errors(told, found[family, "passes"]) for told in given)
     assert_as_near(ours, theirs, FORMATS[name])
 
 

@@ -15,6 +15,7 @@ from megavid.models.moe.experts import GroupedExperts
 from megavid.models.moe.router import Router
 from megavid.models.moe.shared import SharedExpert
 from megavid.models.moe.stats import RoutingStats, routing_stats
+from megavid.models.moe.te_experts import TEExperts
 from megavid.models.moe.tokens import TokenInfo
 from megavid.ops.norm import residual
 from megavid.ops.regions import region
@@ -105,14 +106,22 @@ def build_moe(build: Build, layer: int) -> VideoMoELayer:
         ConfigError: the dispatcher cannot run here, or the layout does not divide the experts.
     """
     moe, name, groups, ops = build.model.moe, f"blocks.{layer}.moe", build.mesh.groups, build.ops.moe
-    experts = GroupedExperts(build, name)
+    experts = build_experts(build, name)
     return VideoMoELayer(
         router=build_router(build, name),
-        experts=experts if build.fp8 is None else experts.in_fp8(build.fp8, groups.tp_ep),
-        dispatcher=build_dispatcher(moe, experts.num_local_experts, build.transformer, groups, ops.permutation),
+        experts=experts,
+        dispatcher=build_dispatcher(moe, experts.share.count, build.transformer, groups, ops.permutation),
         shared=SharedExpert(build, f"{name}.shared") if moe.shared_ffn_size else None,
         overlaps_shared=bool(build.transformer.moe_shared_expert_overlap),
     )
+
+
+def build_experts(build: Build, name: str) -> GroupedExperts | TEExperts:
+    """The experts of the expert layer ``name``, on whose linears the run has; in four bits they are always our own."""
+    if build.is_te and build.precision.fp8_experts == "same":
+        return TEExperts(build, name)
+    experts = GroupedExperts(build, name)
+    return experts if build.fp8 is None else experts.in_fp8(build.fp8, build.mesh.groups.tp_ep)
 
 
 def build_router(build: Build, name: str) -> Router:

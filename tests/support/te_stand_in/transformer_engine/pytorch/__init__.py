@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from transformer_engine.pytorch.fp8 import fp8_autocast, fp8_model_init
+from transformer_engine.pytorch.grouped_linear import GroupedLinear
 from transformer_engine.pytorch.linear import Linear
 
 __all__ = [
@@ -41,9 +42,6 @@ class LayerNormLinear(Absent): ...
 
 
 class DotProductAttention(Absent): ...
-
-
-class GroupedLinear(Absent): ...
 
 
 class CudaRNGStatesTracker(Absent): ...
