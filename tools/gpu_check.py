@@ -27,7 +27,7 @@ from megavid.errors import ConfigError
 from megavid.models.te import check_usable
 from megavid.ops.compiled import compiled_devices, why_not_compiled_for
 from megavid.ops.fp8 import E4M3
-from megavid.ops.fp8_linear import RecipeName, multiplies_in_eight_bits
+from megavid.ops.fp8_linear import Recipe, RecipeName, multiplies_in_eight_bits
 from megavid.parallel import mcore
 from megavid.plan.flops import model_flops
 from megavid.plan.memory import memory_of
@@ -89,7 +89,7 @@ def list_recipes(device: str) -> int:
     """Name the recipes whose products run in eight bits on ``device``, those with tiles where their trial passes."""
     recipes: tuple[RecipeName, ...] = ("tensorwise", "delayed", "blockwise", "mxfp8")
     where = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
-    print(*(recipe for recipe in recipes if multiplies_in_eight_bits(recipe, where)))
+    print(*(recipe for recipe in recipes if multiplies_in_eight_bits(Recipe.of(recipe, "auto"), where)))
     return 0
 
 

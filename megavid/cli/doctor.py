@@ -224,12 +224,12 @@ def _fp8() -> Finding:
         return Finding(name, "off", trouble, "as the row of torch says")
     import torch
 
-    from megavid.ops.fp8_linear import RecipeName, multiplies_in_eight_bits
+    from megavid.ops.fp8_linear import Recipe, RecipeName, multiplies_in_eight_bits
 
     is_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
     recipes: tuple[RecipeName, ...] = ("tensorwise", "delayed", "blockwise", "mxfp8")
-    taken = [recipe for recipe in recipes if multiplies_in_eight_bits(recipe, device)]
+    taken = [recipe for recipe in recipes if multiplies_in_eight_bits(Recipe.of(recipe, "auto"), device)]
     if not taken:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         found = f"the GPU's compute capability {capability} has no product in FP8, which begin with 8.9"
@@ -237,7 +237,11 @@ def _fp8() -> Finding:
     effect = f"{', '.join(taken)} multiply in eight bits"
     if back := [recipe for recipe in recipes if recipe not in taken]:
         effect += f"; {', '.join(back)} turn back to wide numbers"
-    found = "torch's products on the GPU, tried just now" if is_gpu else "torch's product on CPU: right, not fast"
+    found = (
+        "torch's products on the GPU, those with tiles tried just now"
+        if is_gpu
+        else "torch's product on CPU: right, not fast"
+    )
     return Finding(name, "on", found, effect)
 
 

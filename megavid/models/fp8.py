@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megavid.config.schema import PrecisionConfig
 from megavid.ops.fp8 import LARGEST_BYTE, Quantized, dequantize, scale_of
-from megavid.ops.fp8_linear import ROLES, Recipe, Role, fp8_linear
+from megavid.ops.fp8_linear import ROLES, Recipe, Role, fp8_linear, multiplies_in_eight_bits
 from megavid.ops.fp8_ops import Fp8Ops
 from megavid.parallel import mcore
 
@@ -120,6 +120,8 @@ class Fp8Build:
         if precision.fp8 == "off":
             return None
         recipe = Recipe.of(precision.fp8, precision.fp8_gradients, ops)
+        if device.type == "cuda":
+            multiplies_in_eight_bits(recipe, device)  # tried now, while there is memory
         experts = recipe if precision.fp8_experts == "same" else Recipe.of(precision.fp8_experts, "e4m3", ops)
         return cls(recipe, experts, precision.fp8_history, device)
 

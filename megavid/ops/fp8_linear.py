@@ -96,12 +96,11 @@ class Recipe:
         return self.ops.quantize_tiles(x, tile, self.dtype(role), scale_dtype=self.scale_dtype)
 
 
-def multiplies_in_eight_bits(name: RecipeName, device: torch.device) -> bool:
-    """Whether ``device`` multiplies the operands of a recipe as they are, not turned back to wide numbers.
+def multiplies_in_eight_bits(recipe: Recipe, device: torch.device) -> bool:
+    """Whether ``device`` multiplies all operands of a recipe as they are in bf16 runs, not turned back to wide numbers.
 
     A GPU that is asked for the first time tries (``megavid.ops.device_products``).
     """
-    recipe = Recipe.of(name, "auto")
     if not recipe.has_tiles:
         return has_scaled_mm(device)
     inputs, weight, gradient = (Format(recipe.dtype(role), recipe.tile(role)) for role in ROLES)

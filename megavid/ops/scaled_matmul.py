@@ -68,7 +68,8 @@ def scaled_grouped_matmul(a: Quantized, b: Quantized, sizes: Sequence[int], dtyp
         ValueError: the widths differ, or both are e5m2.
     """
     _check(a, b)
-    is_grouped = len(sizes) > 1 and a.data.numel() > 0
+    is_aligned = b.data.shape[-2] % ALIGNMENT == b.data.shape[-1] % ALIGNMENT == 0
+    is_grouped = len(sizes) > 1 and a.data.numel() > 0 and is_aligned
     if is_grouped and has_grouped_product(a.data.device, Format.of(a), Format.of(b), dtype):
         return grouped_product(a, b, sizes, dtype)
     ends = accumulate(sizes)

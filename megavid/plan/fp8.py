@@ -17,7 +17,7 @@ Units = Literal["", "fp8", "turned back"]
 TILED = {"blockwise": 128, "mxfp8": 32}
 """Recipes whose scales belong to tiles: numbers along the sum that share one."""
 TILED_UNITS = {"blockwise": "hopper", "mxfp8": "blackwell"}
-"""Architectures whose products with these tiles torch has (``megavid.ops.device_products``)."""
+"""Architectures whose products with these tiles of e4m3 torch has (``megavid.ops.device_products``)."""
 TILE_SHARE = 1 / 32
 """Bytes of scales for each number that is kept: four for 128 (blockwise), one for 32 (mxfp8)."""
 WIDE = 4
@@ -86,13 +86,15 @@ def kept_bytes(
 def units_of(precision: PrecisionConfig, hardware: Hardware) -> Units:
     """What the products of layers in FP8 run on.
 
-    Tiles are turned back to wide numbers on other architectures than theirs, and so are all recipes on GPUs without
-    units for eight bits. A machine that was probed has no rate of eight bits; its products are taken for as fast as
-    wide ones.
+    Tiles are turned back to wide numbers on other architectures than theirs and where gradients are e5m2, and so are
+    all recipes on GPUs without units for eight bits. A machine that was probed has no rate of eight bits; its products
+    are taken for as fast as wide ones.
     """
     if precision.fp8 == "off":
         return ""
-    is_taken = TILED_UNITS.get(precision.fp8, hardware.generation) == hardware.generation
+    is_taken = precision.fp8 not in TILED or (
+        TILED_UNITS[precision.fp8] == hardware.generation and precision.fp8_gradients != "e5m2"
+    )
     return "fp8" if is_taken and "fp8" in hardware.peak else "turned back"
 
 

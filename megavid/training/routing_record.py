@@ -65,7 +65,7 @@ class RoutingLog(Callback):
 
     def see(self, layer: int, choice: Tensor, info: TokenInfo) -> Tensor:
         """Keep what a router chose for the packs of a microbatch; called again where activations are recomputed."""
-        if self.is_on and torch.is_grad_enabled():  # without, it is validation, or the first of two passes
+        if self.is_on and torch.is_grad_enabled():  # without, it is validation
             narrow = torch.bool if choice.dtype == torch.bool else self.narrow
             rows_TBx = choice.detach().view(-1, len(info.draw_B), choice.shape[-1])
             for row, draw in enumerate(info.draw_B):

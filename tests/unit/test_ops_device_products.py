@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import ScalingType, SwizzleType
+from torch.torch_version import TorchVersion
 
-from megavid.ops import device_products
+from megavid.ops import device_products, scaled_matmul
 from megavid.ops.device_products import (
+    FIRST_TILED,
     ROW_32,
     ROW_128,
     SQUARE_128,
@@ -25,13 +26,18 @@ from megavid.ops.device_products import (
     grouped_product,
     has_grouped_product,
     has_tiled_product,
+    is_grouped_product_right,
     tiled_product,
 )
-from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized, quantize, quantize_tiles, scaled_matmul_reference
+from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized, quantize_tiles, scaled_matmul_reference
 from megavid.ops.scaled_matmul import scaled_grouped_matmul
 from tests.unit.test_ops_fp8 import rough, rounded
 
+if TorchVersion(torch.__version__) < FIRST_TILED:
+    pytest.skip(f"torch {FIRST_TILED} has the products that these tests stand in for", allow_module_level=True)
+ScalingType, SwizzleType = torch.nn.functional.ScalingType, torch.nn.functional.SwizzleType
 CPU = torch.device("cpu")
+SMALL = ((30, 0, 34), 48, 128)
 
 
 def ceil(number: int, multiple: int) -> int:
@@ -79,6 +85,8 @@ def scaled_mm_twin(
     """What ``torch.nn.functional.scaled_mm`` gives on a GPU."""
     assert a.is_contiguous()
     assert b.t().is_contiguous()
+    if not a.dtype == b.dtype == E4M3:
+        raise ValueError("Invalid scaling configuration")  # what torch says
     wide = []
     for matrix, scale, recipe, swizzle in ((a, scale_a, recipe_a, swizzle_a), (b.t(), scale_b, recipe_b, swizzle_b)):
         ((wanted_swizzle, read),) = [(kind[1], kind[2]) for kind in KINDS.values() if kind[0] == recipe]
@@ -111,9 +119,9 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_scaled_grouped_mm", scaled_grouped_mm_twin)
 
 
-def operand(rows: int, width: int, tile: Tile, dtype: torch.dtype, seed: int) -> Quantized:
+def operand(rows: int, width: int, tile: Tile, seed: int) -> Quantized:
     x = rough(rows, width, seed=seed, spread=4.0)
-    return quantize_tiles(x, tile, dtype, scale_dtype=E8M0 if tile == ROW_32 else torch.float32)
+    return quantize_tiles(x, tile, E4M3, scale_dtype=E8M0 if tile == ROW_32 else torch.float32)
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -121,12 +129,11 @@ def operand(rows: int, width: int, tile: Tile, dtype: torch.dtype, seed: int) ->
 @pytest.mark.parametrize("shape", [(37, 200, 128), (128, 640, 256), (1, 96, 384), (16, 1664, 128), (150, 128, 128)])
 def test_tiles_are_read_where_they_were_laid(pair: tuple[Tile, Tile], shape: tuple[int, int, int]) -> None:
     rows, width, columns = shape
-    for dtype in (E4M3, E5M2):
-        a, b = operand(rows, width, pair[0], dtype, 1), operand(columns, width, pair[1], E4M3, 2)
-        for wide, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7), (torch.float64, 1e-5)):
-            found, wanted = tiled_product(a, b, wide), scaled_matmul_reference(a, b, wide)
-            assert found.dtype == wide
-            torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+    a, b = operand(rows, width, pair[0], 1), operand(columns, width, pair[1], 2)
+    for wide, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7), (torch.float64, 1e-5)):
+        found, wanted = tiled_product(a, b, wide), scaled_matmul_reference(a, b, wide)
+        assert found.dtype == wide
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -138,15 +145,24 @@ def test_groups_are_those_of_one_after_the_other(sizes: tuple[int, ...]) -> None
     torch.testing.assert_close(grouped_product(a, b, sizes, torch.bfloat16), wanted, rtol=2.0**-7, atol=1e-3)
 
 
+def test_groups_of_odd_widths_are_multiplied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaled_matmul, "has_grouped_product", lambda *given: True)
+    a, b = rounded(rough(64, 96), "tensor"), rounded(rough(3, 40, 96, seed=1), "tensor")
+    assert scaled_grouped_matmul(a, b, (30, 0, 34), torch.bfloat16).shape == (64, 40)
+
+
 @pytest.mark.usefixtures("on_a_gpu")
 @pytest.mark.parametrize("pair", sorted(TILED, key=str), ids=str)
-def test_a_trial_takes_what_is_right_and_nothing_else(pair: tuple[Tile, Tile], monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = example(141, Format(E5M2, pair[0]), CPU), example(256, Format(E4M3, pair[1]), CPU, seed=1)
+def test_a_trial_takes_what_is_right_and_nothing_else(
+    pair: tuple[Tile, Tile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x, y = example(141, 640, Format(E4M3, pair[0]), CPU), example(256, 640, Format(E4M3, pair[1]), CPU, seed=1)
 
     def trial() -> bool:
-        return agrees(lambda a, b: tiled_product(a, b, torch.bfloat16), x, y)
+        return agrees(lambda: tiled_product(x, y, torch.bfloat16), [(x, y)])
 
     assert trial()
+    assert not caplog.messages
     straight = device_products.laid_out
     for side in pair:  # scales of one kind are read as if they lay otherwise
         monkeypatch.setattr(
@@ -157,24 +173,56 @@ def test_a_trial_takes_what_is_right_and_nothing_else(pair: tuple[Tile, Tile], m
         assert not trial(), side
     monkeypatch.setattr(device_products, "laid_out", straight)
 
-    def none(*given: Any, **options: Any) -> Tensor:
-        raise NotImplementedError("only on Hopper")
+    def refuse(*given: Any, **options: Any) -> Tensor:
+        raise NotImplementedError("only on\nHopper")
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_mm", none)
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", refuse)
     assert not trial()
+    assert caplog.messages[-1] == "a product in FP8 is left out: only on Hopper"
+
+    def overflow(*given: Any, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", overflow)
+    with pytest.raises(torch.OutOfMemoryError):  # another time there may be room: nothing is decided
+        trial()
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_trial_of_groups_takes_what_is_right_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = example(141, Format(E4M3, None), CPU), example(96, Format(E4M3, None), CPU, seed=1)
-    assert agrees(device_products._grouped_trial, x, y)
-    ignored = quantize(rough(141, 640), torch.tensor(2.0), E4M3)
-    monkeypatch.setattr(
-        torch,
-        "_scaled_grouped_mm",
-        lambda *given, **options: scaled_grouped_mm_twin(ignored.data, *given[1:], **options),
-    )
-    assert not agrees(device_products._grouped_trial, x, y)
+    assert is_grouped_product_right(*SMALL, CPU)
+
+    def first_matrix_for_all(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        return scaled_grouped_mm_twin(
+            a, b.transpose(-1, -2)[:1].expand(3, -1, -1).contiguous().transpose(-1, -2), **options
+        )
+
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", first_matrix_for_all)
+    assert not is_grouped_product_right(*SMALL, CPU)
+
+
+@pytest.mark.parametrize(
+    ("generation", "offered"), [((8, 9), ()), ((9, 0), (128,)), ((10, 0), (32,)), ((12, 0), (32,))]
+)
+def test_only_a_gpu_of_the_right_generation_is_tried(
+    generation: tuple[int, int], offered: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that was built for another one traps, and takes the process with it."""
+    tried: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    monkeypatch.setattr(device_products, "example", lambda rows, width, form, device, seed=0: form)
+    monkeypatch.setattr(device_products, "agrees", lambda product, pairs: tried.extend(pairs) or True)
+    monkeypatch.setattr(device_products, "is_grouped_product_right", lambda *given: tried.append("groups") or True)
+    cuda = torch.device("cuda", 0)
+    for a, b in TILED:
+        has = has_tiled_product.__wrapped__(cuda, Format(E4M3, a), Format(E4M3, b), torch.bfloat16)
+        assert has is (a[1] in offered)
+        assert not has_tiled_product.__wrapped__(cuda, Format(E5M2, a), Format(E4M3, b), torch.bfloat16)
+    form = Format(E4M3, None)
+    assert has_grouped_product.__wrapped__(cuda, form, form, torch.bfloat16) is (generation[0] == 9)
+    assert not has_grouped_product.__wrapped__(cuda, form, form, torch.float32)
+    assert ("groups" in tried) is (generation[0] == 9)
+    assert len(tried) == {8: 0, 9: 2 + 3, 10: 1, 12: 1}[generation[0]]
 
 
 def test_a_cpu_has_none() -> None:

@@ -69,6 +69,10 @@ def test_units_are_those_that_the_products_run_on(recipe: str) -> None:
     )  # fmt: skip
     assert units_of(precision, H100) == ("turned back" if recipe == "mxfp8" else "fp8")
     assert units_of(precision, hardware("gb200")) == ("turned back" if recipe == "blockwise" else "fp8")
+    has_tiles = recipe in ("blockwise", "mxfp8")
+    for machine in (H100, hardware("gb200")):  # torch has products with tiles of e4m3 alone
+        found = units_of(PrecisionConfig(fp8=recipe, fp8_gradients="e5m2"), machine)
+        assert found == ("turned back" if has_tiles else "fp8")
     assert units_of(precision, A100) == units_of(precision, cpu) == "turned back"
     assert units_of(PrecisionConfig(), H100) == ""
 
