@@ -17,6 +17,7 @@ routers                                   (config, pg_collection)     also ``is_
 ========================================  ==========================  =========================================
 """
 
+import functools
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module, Parameter
 
+from megavid.ops.weight_gradient import GradientSum
 from megavid.parallel.te import HAS_TE  # before megatron-core, see there
 from megavid.plan.layout import Layout
 
@@ -313,16 +315,18 @@ def current_device() -> torch.device:
     return device if isinstance(device, torch.device) else torch.device("cuda", device)
 
 
-def fuse_weight_gradient(linear: Any, add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> None:
+def fuse_weight_gradient(
+    linear: Any, add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None], total: GradientSum
+) -> None:
     """Let a column- or row-parallel linear add its matrix' gradient to ``main_grad`` in its backward pass.
 
     It is what megatron-core calls gradient accumulation fusion, with a product of our own: it looks for one in
-    ``fused_weight_gradient_mlp_cuda``, an extension of NVIDIA's apex that has to be compiled. What autograd is then
-    given for a gradient is an empty tensor that nobody writes or reads.
+    ``fused_weight_gradient_mlp_cuda``, an extension of NVIDIA's apex that has to be compiled.
 
     Args:
         linear: its matrix has a ``main_grad`` in fp32, and is multiplied nowhere else.
         add_product: (sum so far [O, I], gradient of the output [S, O], input [S, I]), for all linears of the process.
+        total: ``main_grad``, and what tells megatron-core's hook that something was added to it.
     """
 
     def wgrad_gemm_accum_fp32(x_SI: torch.Tensor, grad_SO: torch.Tensor, total_OI: torch.Tensor) -> None:
@@ -330,4 +334,27 @@ def fuse_weight_gradient(linear: Any, add_product: Callable[[torch.Tensor, torch
 
     extension = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
     vars(parallel_linears)["fused_weight_gradient_mlp_cuda"] = extension
+    _tell_under_recomputation()
+    linear.weight.main_grad.gradient_sum = total
     linear.gradient_accumulation_fusion = True
+
+
+@functools.cache
+def _tell_under_recomputation() -> None:
+    """Let megatron-core's linear say what it added where its matrix comes back from recomputation, too.
+
+    It marks the matrix that it saved, and gives no gradient where that has no mark. Recomputation gives it another
+    tensor, without one, and then the hook that overlaps the reduction refuses to go on without a gradient.
+    """
+    function = parallel_linears.LinearWithGradAccumulationAndAsyncCommunication
+    original = function.backward
+
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_input, grad_weight, *others = original(ctx, grad_output)
+        if grad_weight is None and ctx.gradient_accumulation_fusion and ctx.needs_input_grad[1]:
+            total: GradientSum = ctx.main_grad.gradient_sum
+            total.tell()
+            grad_weight = total.stand_in(grad_output.dtype)
+        return grad_input, grad_weight, *others
+
+    function.backward = staticmethod(backward)

@@ -47,7 +47,7 @@ def add_in_place(chunk: nn.Module) -> None:
             matrices = module.matrices()
             module.is_in_place = bool(matrices) and all(_can_add(matrix) for matrix in matrices)
         elif isinstance(module, (mcore.ColumnParallelLinear, mcore.RowParallelLinear)) and _can_add(module.weight):
-            mcore.fuse_weight_gradient(module, add_product_)
+            mcore.fuse_weight_gradient(module, add_product_, sum_of(module.weight))
 
 
 def _can_add(matrix: nn.Parameter) -> bool:

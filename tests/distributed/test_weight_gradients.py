@@ -86,11 +86,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"micro": 2, "tensor": 2}),
     "tp2 without sp": (2, {"family": "wan", "micro": 2, "tensor": 2, "sequence": False}),
     "dp2 overlap": (2, {"overlap_grad_reduce": True}),
+    "dp2 overlap, full": (2, {"overlap_grad_reduce": True, "recompute": "full"}),
+    "dp2 overlap, selective": (2, {"overlap_grad_reduce": True, "recompute": "selective"}),
     "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
 }
 
 
-@pytest.mark.parametrize("name", newest_too(CASES, "tp2", "dp2 overlap"))
+@pytest.mark.parametrize("name", newest_too(CASES, "tp2", "dp2 overlap, selective"))
 def test_sums_are_those_of_gradients_that_were_added(pool: RankPool, name: str) -> None:
     world, options = CASES[name]
     for fast, slow in pool.run(world, both, world, tiny_config(**options)):
