@@ -43,9 +43,6 @@ def add_product_(total_OI: Tensor, grad_SO: Tensor, x_SI: Tensor) -> None:
 
 
 def _add_narrow_(total: Tensor, product: Tensor) -> None:
-    if product.numel() <= PIECE:
-        total += product
-        return
     for wide, narrow in zip(torch.split(total.view(-1), PIECE), torch.split(product.view(-1), PIECE), strict=True):
         wide += narrow
 

@@ -86,17 +86,19 @@ def test_the_activation_in_fp8_is_the_activation_rounded(op: str, dtype: torch.d
             assert_same(back(found), quantize_tiles(wide, (1, tile), E4M3, scale_dtype=scale_dtype))
 
 
-def matrix(rows: int, tile: Tile, dtype: torch.dtype, seed: int) -> Quantized:
+def matrix(rows: int, tile: Tile, seed: int) -> Quantized:
     x = rough(rows, 640, seed=seed).cuda()
-    return quantize_tiles(x, tile, dtype, scale_dtype=E8M0 if tile == ROW_32 else torch.float32)
+    return quantize_tiles(x, tile, E4M3, scale_dtype=E8M0 if tile == ROW_32 else torch.float32)
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("wide", WIDES)
 @pytest.mark.parametrize("pair", sorted(TILED, key=str), ids=str)
-def test_products_with_tiles_are_their_twins(pair: tuple[Tile, Tile], wide: torch.dtype, dtype: torch.dtype) -> None:
+def test_products_with_tiles_are_their_twins(pair: tuple[Tile, Tile], wide: torch.dtype) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not has_tiled_product(device, Format(E4M3, pair[0]), Format(E4M3, pair[1]), wide):
+        pytest.skip("this GPU has no such product: the twin is what runs")
     for rows, columns in ((1, 128), (141, 256), (1024, 1536)):
-        a, b = matrix(rows, pair[0], dtype, 1), matrix(columns, pair[1], E4M3, 2)
+        a, b = matrix(rows, pair[0], 1), matrix(columns, pair[1], 2)
         magnitudes = dequantize(a).abs() @ dequantize(b).abs().t()
         gap = (scaled_matmul(a, b, wide).float() - scaled_matmul_reference(a, b, torch.float32)).abs()
         assert (gap <= 0.005 * magnitudes).all()
