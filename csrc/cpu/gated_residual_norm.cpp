@@ -16,7 +16,6 @@ void forward(const GatedResidualNorm& job, int64_t begin, int64_t end) {
   const ModulatedNorm& norm = job.norm;
   const int64_t width = norm.width;
   Scratch buffer(width);
-  float* wide = buffer.data();
   for (int64_t token = begin; token < end; ++token) {
     const T* x = static_cast<const T*>(job.x) + token * width;
     const T* update = static_cast<const T*>(job.update) + token * width;
@@ -29,7 +28,7 @@ void forward(const GatedResidualNorm& job, int64_t begin, int64_t end) {
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) store(residual + i, load(x[i]) + load(update[i]));
     }
-    for (int64_t i = 0; i < width; ++i) wide[i] = load(residual[i]);
+    const float* wide = widened(residual, buffer.data(), width);
     T* y = static_cast<T*>(norm.y) + token * width;
     const float* shift = norm.shift + norm.row[token] * width;
     const float* scale = norm.scale + norm.row[token] * width;

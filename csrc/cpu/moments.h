@@ -13,22 +13,19 @@ struct Moments {
   float rstd;
 };
 
+// A token's numbers in fp32: themselves, or a copy that stays in the first-level cache.
+inline const float* widened(const float* row, float*, int64_t) { return row; }
+
+inline const float* widened(const BFloat16* row, float* room, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) room[i] = load(row[i]);
+  return room;
+}
+
 // Two passes, so that a large mean costs no digits; the numbers are in the first-level cache.
 template <bool kCentered>
 Moments moments(const float* wide, int64_t width, float eps) {
-  float mean = 0.0f;
-  if (kCentered) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; ++i) sum += wide[i];
-    mean = sum / static_cast<float>(width);
-  }
-  float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < width; ++i) {
-    const float centered = wide[i] - mean;
-    squares += centered * centered;
-  }
+  const float mean = kCentered ? total(width, [=](int64_t i) { return wide[i]; }) / static_cast<float>(width) : 0.0f;
+  const float squares = total(width, [=](int64_t i) { return (wide[i] - mean) * (wide[i] - mean); });
   return {mean, 1.0f / std::sqrt(squares / static_cast<float>(width) + eps)};
 }
 

@@ -50,6 +50,26 @@ inline void store(BFloat16* place, float value) {
   place->bits = static_cast<uint16_t>((wide & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
+// Sums are taken in so many parts, each of every 64th number, and those then added up: one sum alone waits for each of
+// its additions, and the order would be another one in every instruction set.
+constexpr int64_t kParts = 64;
+
+// f(0) + ... + f(width - 1).
+template <typename Number>
+inline float total(int64_t width, Number f) {
+  float part[kParts] = {};
+  int64_t begin = 0;
+  for (; begin + kParts <= width; begin += kParts) {
+#pragma omp simd
+    for (int64_t i = 0; i < kParts; ++i) part[i] += f(begin + i);
+  }
+  for (int64_t i = 0; begin + i < width; ++i) part[i] += f(begin + i);
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < kParts; ++i) sum += part[i];
+  return sum;
+}
+
 // Arguments that exponential() takes as they are; what lies beyond is taken for the nearest of them.
 struct Range {
   float least;

@@ -13,13 +13,7 @@ template <typename T>
 void forward(const SumOfSquares& job, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     const T* x = static_cast<const T*>(job.x) + token * job.x_stride;
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < job.width; ++i) {
-      const float value = load(x[i]);
-      sum += value * value;
-    }
-    job.sums[token] = sum;
+    job.sums[token] = total(job.width, [=](int64_t i) { return load(x[i]) * load(x[i]); });
   }
 }
 
