@@ -50,8 +50,9 @@ class ParallelConfig:
     """Ranks that share the tokens of every pack in attention too (CP)."""
     context_strategy: Literal["auto", "ulysses", "ring", "allgather", "hybrid"] = "auto"
     """How attention crosses context-parallel ranks; auto: heads in a node (ulysses), a ring beyond."""
-    attention_backend: Literal["aten", "cudnn", "flash_attn"] = "aten"
-    """Kernel of self-attention: torch's flash (memory-efficient in fp32), cuDNN's, or the package flash-attn's."""
+    attention_backend: Literal["aten", "cudnn", "flash_attn", "flash_attn_3"] = "aten"
+    """Kernel of self-attention: torch's flash (memory-efficient in fp32), cuDNN's, the package flash-attn's, or
+    FlashAttention-3's (Hopper)."""
     expert: int = 1
     """Ranks that share the experts of a layer (EP)."""
     expert_tensor: int = 1
@@ -162,7 +163,9 @@ class PrecisionConfig:
     """Whose linears blocks and experts are built from; Transformer Engine's need a GPU, and have not run on one."""
     fp8: Literal["off", "tensorwise", "delayed", "blockwise", "mxfp8"] = "off"
     """Products of the inner blocks' matrices in FP8, with scales from the tensor at hand, from earlier steps, by 128 x
-    128 or by 32 numbers; attention itself, norms, modulation, router, embedders and head stay out."""
+    128 or by 32 numbers; norms, modulation, router, embedders and head stay out, attention itself by default."""
+    fp8_attention: bool = False
+    """Round queries, keys and values of those blocks' self-attention to FP8, one scale for a clip's head."""
     fp8_gradients: Literal["auto", "e4m3", "e5m2"] = "auto"
     """Format of gradients; auto: e5m2 where one scale serves a tensor (tensorwise, delayed), else e4m3."""
     fp8_experts: Literal["same", "nvfp4"] = "same"
@@ -181,6 +184,7 @@ class PrecisionConfig:
     def describe(self) -> str:
         """The number formats, in words."""
         fp8 = "" if self.fp8 == "off" else f", FP8 {self.fp8}"
+        fp8 += ", attention too" if self.fp8_attention else ""
         fp8 += "" if self.fp8_experts == "same" else f", experts {self.fp8_experts}"
         return self.dtype + fp8 + (", linears of Transformer Engine" if self.linears == "transformer_engine" else "")
 

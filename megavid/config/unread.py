@@ -53,7 +53,7 @@ READERS = (
         ("train.max_rollbacks",), lambda run: run.train.spike_rollback_steps > 0, "train.spike_rollback_steps above 0"
     ),
     Reader(
-        ("precision.fp8_gradients", "precision.fp8_skip_first", "precision.fp8_skip_last"),
+        ("precision.fp8_attention", "precision.fp8_gradients", "precision.fp8_skip_first", "precision.fp8_skip_last"),
         lambda run: run.precision.fp8 != "off",
         "a recipe of precision.fp8",
     ),

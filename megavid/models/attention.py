@@ -4,22 +4,29 @@ q and k are normalised across all heads, which tensor-parallel ranks share: one 
 in the forward pass and one in the backward pass. The norm's weight is sharded like the heads.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megavid.models.build import Build, column_linear, row_linear
 from megavid.ops.attention import cross_attention
+from megavid.ops.block_attention_fp8 import AttentionRounding
 from megavid.ops.block_ops import BlockOps
 from megavid.ops.packs import Pack, Span
 from megavid.parallel import mcore
 from megavid.parallel.placement import Init, Piece, Placement, place
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values [T, B, N, A] of this rank's tokens and heads to what the queries gather."""
+
+class Attend(Protocol):
+    """Queries, keys and values [T, B, N, A] of this rank's tokens and heads to what the queries gather."""
+
+    def __call__(
+        self, q_TBNA: Tensor, k_TBNA: Tensor, v_TBNA: Tensor, /, *, rounding: AttentionRounding | None = None
+    ) -> Tensor:
+        """In FP8 where ``rounding`` is given."""
+        ...
 
 
 class AcrossHeadsNorm(nn.Module):
@@ -65,6 +72,7 @@ class SelfAttention(nn.Module):
         self.qkv = column_linear(build, [f"{name}.q", f"{name}.k", f"{name}.v"], width, width)
         self.norm = AcrossHeadsNorm(build, (f"{name}.q_norm.weight", f"{name}.k_norm.weight"), self.ops)
         self.out = row_linear(build, f"{name}.out", width, width)
+        self.rounding = None if build.fp8 is None else build.fp8.attention(name)
 
     def forward(self, x_tBD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Attention of this rank's tokens [t, B, D]; inside, every rank has its span's T tokens and its own heads.
@@ -80,7 +88,7 @@ class SelfAttention(nn.Module):
             self.ops.norm_rope(x, total, weight, cos, sin, self.norm.width, self.norm.eps)
             for x, total, weight in zip((q, k), self.norm.sums_of_squares(q, k), self.norm.weights)
         )
-        attended = attend(q_TBNA, k_TBNA, v.unflatten(-1, (-1, self.head_size)))
+        attended = attend(q_TBNA, k_TBNA, v.unflatten(-1, (-1, self.head_size)), rounding=self.rounding)
         out: Tensor = self.out(attended.flatten(-2))[0]
         return out
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavid.config.schema import PrecisionConfig
+from megavid.ops.block_attention_fp8 import OPERANDS
 from megavid.ops.fp8 import LARGEST_BYTE, Quantized, dequantize, scale_of
 from megavid.ops.fp8_linear import ROLES, Recipe, Role, fp8_linear, multiplies_in_eight_bits
 from megavid.ops.fp8_ops import Fp8Ops
@@ -27,7 +28,44 @@ FIGURES = ("numbers", "underflow", "overflow", "error", "size")
 were cut to the largest number, squares of the errors, and squares of the numbers."""
 
 
-class Fp8Scaling(nn.Module):
+class Watched(nn.Module):
+    """Something that rounds operands, and adds up how well while ``seen`` asks for it.
+
+    Args:
+        name: of the layer in model space.
+        operands: that it rounds, three as everywhere.
+    """
+
+    def __init__(self, name: str, operands: Sequence[str]) -> None:
+        super().__init__()
+        self.name, self.operands = name, tuple(operands)
+        self.seen: Tensor | None = None
+        self.kept: Tensor | None = None
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether ``seen`` asks for figures."""
+        return self.seen is not None
+
+    @torch.no_grad()
+    def watch(self, operand: str, x: Tensor, rounded: Quantized) -> None:
+        """Add up the figures of an operand, where ``seen`` asks for them."""
+        if self.seen is None:
+            return
+        wide, became = x.float(), dequantize(rounded)
+        is_nonzero = wide != 0
+        is_cut = (rounded.data.view(torch.uint8) & 0x7F) == LARGEST_BYTE[rounded.data.dtype]
+        sums = (
+            is_nonzero.sum(),
+            (is_nonzero & (became == 0)).sum(),
+            (is_cut & (wide.abs() > became.abs())).sum(),
+            (wide - became).square().sum(dtype=torch.float64),
+            wide.square().sum(dtype=torch.float64),
+        )
+        self.seen[self.operands.index(operand)] += torch.stack([value.double() for value in sums])
+
+
+class Fp8Scaling(Watched):
     """Scales of one layer's input, matrix and gradient, each for the whole tensor; tiles have their own.
 
     Args:
@@ -41,15 +79,13 @@ class Fp8Scaling(nn.Module):
     def __init__(
         self, recipe: Recipe, name: str, group: dist.ProcessGroup, history_steps: int, device: torch.device
     ) -> None:
-        super().__init__()
-        self.recipe, self.name, self.group = recipe, name, group
+        super().__init__(name, ROLES)
+        self.recipe, self.group = recipe, group
         steps = history_steps if recipe.name == "delayed" else 0
         self.history: Tensor
         self.latest: Tensor
         self.register_buffer("history", torch.zeros(len(ROLES), steps, device=device), persistent=False)
         self.register_buffer("latest", torch.zeros(len(ROLES), device=device), persistent=False)
-        self.seen: Tensor | None = None
-        self.kept: Tensor | None = None
 
     def scales(self, tensors: dict[Role, Tensor], *, is_training: bool) -> dict[Role, Tensor | None]:
         """One scale for each tensor, see ``megavid.ops.fp8_linear.Scaling``.
@@ -75,27 +111,13 @@ class Fp8Scaling(nn.Module):
         # A tensor that is not finite must not become a finite one by being cut to the largest number.
         return scale + amax * 0.0
 
-    @property
-    def is_watching(self) -> bool:
-        """Whether ``seen`` asks for figures."""
-        return self.seen is not None
 
-    @torch.no_grad()
-    def watch(self, role: Role, x: Tensor, rounded: Quantized) -> None:
-        """Add up the figures of an operand, where ``seen`` asks for them."""
-        if self.seen is None:
-            return
-        wide, became = x.float(), dequantize(rounded)
-        is_nonzero = wide != 0
-        is_cut = (rounded.data.view(torch.uint8) & 0x7F) == LARGEST_BYTE[rounded.data.dtype]
-        sums = (
-            is_nonzero.sum(),
-            (is_nonzero & (became == 0)).sum(),
-            (is_cut & (wide.abs() > became.abs())).sum(),
-            (wide - became).square().sum(dtype=torch.float64),
-            wide.square().sum(dtype=torch.float64),
-        )
-        self.seen[ROLES.index(role)] += torch.stack([value.double() for value in sums])
+class Fp8AttentionRounding(Watched):
+    """Rounding of queries, keys and values of one layer's self-attention; scales are of the rectangle at hand."""
+
+    def __init__(self, name: str, ops: Fp8Ops) -> None:
+        super().__init__(name, OPERANDS)
+        self.ops = ops
 
 
 @dataclass(frozen=True)
@@ -107,12 +129,14 @@ class Fp8Build:
         experts: likewise, of routed experts.
         history_steps: steps that a delayed scale looks back.
         device: of histories.
+        has_attention: self-attention is in FP8, too.
     """
 
     recipe: Recipe
     experts: Recipe
     history_steps: int
     device: torch.device
+    has_attention: bool = False
 
     @classmethod
     def of(cls, precision: PrecisionConfig, device: torch.device, ops: Fp8Ops) -> "Fp8Build | None":
@@ -123,12 +147,16 @@ class Fp8Build:
         if device.type == "cuda":
             multiplies_in_eight_bits(recipe, device)  # tried now, while there is memory
         experts = recipe if precision.fp8_experts == "same" else Recipe.of(precision.fp8_experts, "e4m3", ops)
-        return cls(recipe, experts, precision.fp8_history, device)
+        return cls(recipe, experts, precision.fp8_history, device, precision.fp8_attention)
 
     def scaling(self, name: str, group: dist.ProcessGroup, *, is_expert: bool = False) -> Fp8Scaling:
         """Scales of the layer ``name``, shared by the ranks of ``group``."""
         recipe = self.experts if is_expert else self.recipe
         return Fp8Scaling(recipe, name, group, self.history_steps, self.device)
+
+    def attention(self, name: str) -> Fp8AttentionRounding | None:
+        """Rounding of the self-attention ``name``; None where it stays wide."""
+        return Fp8AttentionRounding(name, self.recipe.ops) if self.has_attention else None
 
 
 class Fp8ColumnLinear(mcore.ColumnParallelLinear):  # type: ignore[misc]  # megatron-core has no type stubs
@@ -188,6 +216,11 @@ def row_class(fp8: Fp8Build | None, name: str, group: dist.ProcessGroup) -> Call
         return row
     scaling = fp8.scaling(name, group)
     return lambda *args, **kwargs: Fp8RowLinear(*args, **kwargs).with_scaling(scaling)
+
+
+def watched_of(chunks: Sequence[nn.Module]) -> list[Watched]:
+    """Everything in FP8 on this rank whose rounding can be watched, in the model's order, likewise."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Watched)]
 
 
 def scalings_of(chunks: Sequence[nn.Module]) -> list[Fp8Scaling]:

@@ -25,6 +25,7 @@ from megavid.models.moe.stats import RoutingStats
 from megavid.models.moe.tokens import TokenInfo, noise_bucket
 from megavid.models.te import check_usable
 from megavid.models.transformer import transformer_config
+from megavid.ops.block_attention_fp8 import has_fp8_forward
 from megavid.ops.block_attention_library import block_attention
 from megavid.ops.choose import block_ops
 from megavid.ops.packs import clip_index, positions
@@ -215,7 +216,9 @@ def build_chunks(config: RunConfig, mesh: Mesh) -> list[VideoTransformer]:
     check_usable(config.precision, mesh.device.type)
     transformer = transformer_config(config, layout, mesh.device)
     # Asked here, before memory is used.
-    block_attention(backend, mesh.device, transformer.params_dtype, config.model.head_size)
+    kernel = block_attention(backend, mesh.device, transformer.params_dtype, config.model.head_size)
+    if config.precision.fp8_attention:
+        has_fp8_forward(kernel, mesh.device, config.model.head_size)  # tried now, while there is memory
     ops = block_ops(config.train.ops, mesh.device, transformer.params_dtype)
     check_capture(config.train.capture, mesh.device)
     capture = Capture(config.train.capture, ops)

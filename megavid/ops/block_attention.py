@@ -47,11 +47,13 @@ class Capability:
         dtypes: of queries, keys and values.
         max_head_size: widest head; 0 for any.
         head_multiple: what the head's width must be a multiple of.
+        compute_capability: of the only GPUs that it runs on; None for any.
     """
 
     dtypes: tuple[torch.dtype, ...]
     max_head_size: int = 0
     head_multiple: int = 1
+    compute_capability: tuple[int, int] | None = None
 
 
 HALF = (torch.bfloat16, torch.float16)
@@ -60,6 +62,7 @@ CAPABILITIES: dict[tuple[str, str], Capability] = {
     ("aten", "cuda"): Capability((torch.float32, *HALF), max_head_size=256, head_multiple=8),
     ("cudnn", "cuda"): Capability(HALF, max_head_size=128, head_multiple=8),
     ("flash_attn", "cuda"): Capability(HALF, max_head_size=256, head_multiple=8),
+    ("flash_attn_3", "cuda"): Capability(HALF, max_head_size=256, head_multiple=8, compute_capability=(9, 0)),
     ("reference", "cpu"): Capability((torch.float64, torch.float32, *HALF)),
     ("reference", "cuda"): Capability((torch.float64, torch.float32, *HALF)),
     # Shapes without numbers, to plan with.

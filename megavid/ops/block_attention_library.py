@@ -12,8 +12,8 @@ from megavid.errors import ConfigError
 from megavid.ops.block_attention import CAPABILITIES, BlockAttention, ReferenceAttention, check_capability
 from megavid.ops.block_attention_aten import CpuFlash, CudaAten, CudaCudnn
 
-NEEDS = {"flash_attn": "flash_attn"}
-"""Package that a backend comes with, where it is not torch."""
+NEEDS = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface"}
+"""Module that a backend comes with, where it is not torch."""
 
 
 def installed() -> frozenset[str]:
@@ -28,7 +28,22 @@ def block_attention(name: str, device: torch.device, dtype: torch.dtype, head_si
     Raises:
         ConfigError: unknown, not installed, or not able.
     """
-    return _block_attention(name, device.type, dtype, head_size)
+    kernel = _block_attention(name, device.type, dtype, head_size)
+    _check_generation(name, device)
+    return kernel
+
+
+@lru_cache
+def _check_generation(name: str, device: torch.device) -> None:
+    wanted = CAPABILITIES[name, device.type].compute_capability
+    if wanted is None:
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found != wanted:
+        raise ConfigError(
+            f"attention backend '{name}' runs on GPUs of compute capability {'.'.join(map(str, wanted))}, {device} has "
+            f"{'.'.join(map(str, found))}; set parallel.attention_backend = 'aten'"
+        )
 
 
 @lru_cache
@@ -45,6 +60,10 @@ def _block_attention(name: str, device: str, dtype: torch.dtype, head_size: int)
             from megavid.ops.block_attention_flash import FlashAttn  # the package starts CUDA when it is imported
 
             return FlashAttn()
+        case "flash_attn_3":
+            from megavid.ops.block_attention_flash3 import FlashAttn3  # likewise
+
+            return FlashAttn3()
         case "reference":
             return ReferenceAttention()
     raise AssertionError(name)

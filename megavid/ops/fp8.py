@@ -30,9 +30,9 @@ class Quantized(NamedTuple):
 
     Attributes:
         data: [..., rows, columns] in e4m3 or e5m2.
-        scale: powers of two: one number, fp32; or one for each tile, [..., ceil(rows / tile rows), ceil(columns / tile
-            columns)], fp32 or e8m0.
-        tile: rows and columns that share a scale; None for one scale in all.
+        scale: powers of two: one number, fp32, or one for each head of attention, [B, N, 1, 1], fp32; or one for each
+            tile, [..., ceil(rows / tile rows), ceil(columns / tile columns)], fp32 or e8m0.
+        tile: rows and columns that share a scale; None for one scale in all, or for each head.
     """
 
     data: Tensor
@@ -103,6 +103,25 @@ def quantize_tiles(
     scale = scale_of(tiles.abs().amax((-3, -1)), dtype)
     inverse = scale.reciprocal().to(x.dtype).unsqueeze(-1).unsqueeze(-3)
     return Quantized(joined_tiles(_rounded(tiles * inverse, dtype), x.shape[-2:]), scale.to(scale_dtype), tile)
+
+
+def quantize_heads(x_BNTA: Tensor, kv_heads: int, dtype: torch.dtype) -> Quantized:
+    """Queries, keys or values with a scale for each batch row and head; see ``scale_of_heads``."""
+    return quantize(x_BNTA, scale_of_heads(x_BNTA, kv_heads, dtype), dtype)
+
+
+def scale_of_heads(x_BNTA: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """Scales [B, N, 1, 1] of queries, keys or values of at least one token, from their largest magnitudes.
+
+    Args:
+        x_BNTA: fp32, bf16, fp16 or fp64.
+        kv_heads: heads of the keys; the N / n queries that attend to one of them share a scale, as kernels want it.
+        dtype: ``E4M3`` or ``E5M2``.
+    """
+    shared = x_BNTA.shape[1] // kv_heads
+    amax_BN = x_BNTA.detach().abs().amax((2, 3))
+    scale_BN = scale_of(amax_BN.view(-1, kv_heads, shared).amax(-1), dtype).repeat_interleave(shared, dim=1)
+    return scale_BN.unsqueeze(-1).unsqueeze(-1)
 
 
 def cut_into_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:

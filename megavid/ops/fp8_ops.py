@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megavid.ops.fp8 import Quantized, amax_of, quantize, quantize_tiles
-from megavid.ops.quantize_fp8 import fp8_amax_op, quantize_fp8_op, quantize_fp8_tiles_op
+from megavid.ops.fp8 import Quantized, amax_of, quantize, quantize_heads, quantize_tiles
+from megavid.ops.quantize_fp8 import fp8_amax_op, quantize_fp8_heads_op, quantize_fp8_op, quantize_fp8_tiles_op
 
 
 class QuantizeTiles(Protocol):
@@ -33,12 +33,14 @@ class Fp8Ops:
         amax: x to its largest magnitude, fp32.
         quantize: (x, scale, dtype) to x with one scale.
         quantize_tiles: x with a scale for each tile.
+        quantize_heads: (x [B, N, T, A], key heads, dtype) to x with a scale for each batch row and head.
     """
 
     amax: Callable[[Tensor], Tensor]
     quantize: Callable[[Tensor, Tensor, torch.dtype], Quantized]
     quantize_tiles: QuantizeTiles
+    quantize_heads: Callable[[Tensor, int, torch.dtype], Quantized]
 
 
-REFERENCE_FP8 = Fp8Ops(amax_of, quantize, quantize_tiles)
-COMPILED_FP8 = Fp8Ops(fp8_amax_op, quantize_fp8_op, quantize_fp8_tiles_op)
+REFERENCE_FP8 = Fp8Ops(amax_of, quantize, quantize_tiles, quantize_heads)
+COMPILED_FP8 = Fp8Ops(fp8_amax_op, quantize_fp8_op, quantize_fp8_tiles_op, quantize_fp8_heads_op)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megavid.ops.compiled import declare
-from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized, amax_of, quantize, quantize_tiles
+from megavid.ops.fp8 import E4M3, E5M2, E8M0, Quantized, amax_of, quantize, quantize_tiles, scale_of_heads
 
 LARGEST_SIDE = 128
 """Most rows and columns of a tile that the ops take."""
@@ -49,6 +49,19 @@ def quantize_fp8_tiles_op(
     """
     data, scale = torch.ops.megavid.quantize_fp8_tiles(x.detach(), *tile, dtype, scale_dtype)
     return Quantized(data, scale, tile)
+
+
+def quantize_fp8_heads_op(x_BNTA: Tensor, kv_heads: int, dtype: torch.dtype) -> Quantized:
+    """``megavid.ops.fp8.quantize_heads``; scaled in plain torch, cut and cast by the compiled op where it is built.
+
+    The op takes one scale, and scaling by powers of two is exact: what it is given has a scale of 1.
+
+    Raises:
+        TypeError: the compiled op takes fp32 and bf16.
+    """
+    scale = scale_of_heads(x_BNTA, kv_heads, dtype)
+    scaled = x_BNTA.detach() * scale.reciprocal().to(x_BNTA.dtype)
+    return Quantized(quantize_fp8_op(scaled, torch.ones((), device=x_BNTA.device), dtype).data, scale)
 
 
 def quantize_fp8_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megavid.config.schema import RunConfig
-from megavid.models.fp8 import FIGURES, scalings_of
-from megavid.ops.fp8_linear import ROLES, Role
+from megavid.models.fp8 import FIGURES, watched_of
+from megavid.ops.fp8_linear import ROLES
 from megavid.parallel.engine import Engine
 
 
@@ -29,8 +29,8 @@ class Rounding(NamedTuple):
     error: float
 
 
-Fp8Figures = Mapping[str, Mapping[Role, Rounding]]
-"""By layer (its first matrix's name in model space) and operand; empty where nothing was watched."""
+Fp8Figures = Mapping[str, Mapping[str, Rounding]]
+"""By layer (its first matrix's name in model space, or attention's) and operand; empty where nothing was watched."""
 
 
 def is_watched(config: RunConfig, step: int) -> bool:
@@ -42,14 +42,14 @@ def is_watched(config: RunConfig, step: int) -> bool:
 @contextmanager
 def watching(engine: "Engine[Any]", is_on: bool) -> Iterator[None]:
     """While entered, every layer in FP8 adds up its figures, if ``is_on``."""
-    scalings = scalings_of(engine.chunks) if is_on else []
-    for scaling in scalings:
-        scaling.seen = torch.zeros(len(ROLES), len(FIGURES), dtype=torch.float64, device=engine.mesh.device)
+    watched = watched_of(engine.chunks) if is_on else []
+    for layer in watched:
+        layer.seen = torch.zeros(len(ROLES), len(FIGURES), dtype=torch.float64, device=engine.mesh.device)
     try:
         yield
     finally:
-        for scaling in scalings:
-            scaling.kept, scaling.seen = scaling.seen, None
+        for layer in watched:
+            layer.kept, layer.seen = layer.seen, None
 
 
 def figures_of(engine: "Engine[Any]") -> Fp8Figures:
@@ -60,15 +60,15 @@ def figures_of(engine: "Engine[Any]") -> Fp8Figures:
 
     Ranks: collective over the world.
     """
-    scalings = scalings_of(engine.chunks)
+    watched = watched_of(engine.chunks)
     empty = torch.zeros(0, len(ROLES), len(FIGURES), dtype=torch.float64, device=engine.mesh.device)
-    sums = torch.stack([s.kept for s in scalings if s.kept is not None]) if scalings else empty
+    sums = torch.stack([layer.kept for layer in watched if layer.kept is not None]) if watched else empty
     sums = engine.mesh.sum(sums, over="tp_dp_cp").cpu()
     mine = {
-        scaling.name: {role: rounding_of(row) for role, row in zip(ROLES, rows.tolist())}
-        for scaling, rows in zip(scalings, sums)
+        layer.name: {operand: rounding_of(row) for operand, row in zip(layer.operands, rows.tolist())}
+        for layer, rows in zip(watched, sums)
     }
-    joined: dict[str, dict[Role, Rounding]] = {}
+    joined: dict[str, dict[str, Rounding]] = {}
     for found in engine.mesh.all_gather_object(mine):
         joined.update(found)
     return joined

@@ -60,16 +60,28 @@ LAYOUTS = {
     "moe delayed pp2 vpp2 dp2": ("wan_moe", "delayed", 4, {"pipeline": 2, "virtual_pipeline": 2}),
     "wan blockwise tp2": ("wan", "blockwise", 2, {"tensor": 2}),
     "moe mxfp8 tp2 ep2": ("wan_moe", "mxfp8", 2, {"tensor": 2, "expert": 2}),
-}
+    "attention tp2 full": ("wan", "tensorwise, attention", 2, {"tensor": 2, "recompute": "full"}),
+    "attention cp2 ulysses selective": (
+        "wan", "tensorwise, attention", 2, {"context": 2, "context_strategy": "ulysses", "recompute": "selective"},
+    ),
+    "attention cp2 ring": ("wan", "tensorwise, attention", 2, {"context": 2, "context_strategy": "ring"}),
+    "attention cp2 allgather": ("wan", "tensorwise, attention", 2, {"context": 2, "context_strategy": "allgather"}),
+    "attention cp4 hybrid": ("wan", "tensorwise, attention", 4, {"context": 4, "context_strategy": "hybrid"}),
+}  # fmt: skip
 REFERENCES: dict[str, Any] = {}
 
 
 def fp8_config(family: str, recipe: str, *, width: int = 0, **options: Any) -> RunConfig:
-    """The tiny model, wide enough for the recipe's tiles; of its four blocks the inner two are in FP8."""
+    """The tiny model, wide enough for the recipe's tiles; of its four blocks the inner two are in FP8.
+
+    A recipe is a value of ``precision.fp8``, with attention where it ends with that.
+    """
+    recipe, *rest = recipe.split(", ")
     width = width or WIDTHS[recipe]
     config = tiny_config(family, moe={"expert_ffn_size": width, "shared_ffn_size": width}, **options)
     model = replace(config.model, hidden_size=width, ffn_size=2 * width)
-    return replace(config, model=model, precision=PrecisionConfig(fp8=recipe, **HISTORY.get(recipe, {})))
+    precision = PrecisionConfig(fp8=recipe, fp8_attention=bool(rest), **HISTORY.get(recipe, {}))
+    return replace(config, model=model, precision=precision)
 
 
 def gradient_of(told: list[dict[str, Any]]) -> torch.Tensor:
@@ -88,7 +100,7 @@ def on_one_rank(pool: RankPool, family: str, recipe: str, width: int) -> Any:
 @pytest.mark.parametrize("name", newest_too(LAYOUTS, "moe tensorwise tp2 ep2 etp2"))
 def test_layouts_differ_by_a_part_of_the_format_s_own_error(pool: RankPool, name: str) -> None:
     family, recipe, world, options = LAYOUTS[name]
-    width = WIDTHS[recipe]
+    width = WIDTHS[recipe.split(", ")[0]]
     wide, alone = (on_one_rank(pool, family, kind, width) for kind in ("off", recipe))
     ranks = pool.run(world, train, fp8_config(family, recipe, **options), world)
     exact, narrow, cut = (gradient_of(told) for told in (wide, alone, ranks))
@@ -97,6 +109,25 @@ def test_layouts_differ_by_a_part_of_the_format_s_own_error(pool: RankPool, name
     assert 1e-3 < own_error < 0.2, f"in FP8 the gradient is {own_error:.1e} off"
     assert gap <= FORMAT_SHARE * own_error, f"{gap:.1e} between layouts, {own_error:.1e} to fp32"
     assert ranks[0]["loss"] == pytest.approx(alone[0]["loss"], rel=5e-3)
+
+
+def test_attention_in_fp8_is_wired_and_coarser(pool: RankPool) -> None:
+    wide, matrices, attention = (
+        on_one_rank(pool, "wan", recipe, WIDTHS["tensorwise"])
+        for recipe in ("off", "tensorwise", "tensorwise, attention")
+    )
+    exact, narrow, narrower = (gradient_of(told) for told in (wide, matrices, attention))
+    assert attention[0]["loss"] != matrices[0]["loss"]
+    assert attention[0]["loss"] == pytest.approx(wide[0]["loss"], rel=2e-2)
+    assert (narrow - exact).norm() < (narrower - exact).norm() < 2 * (narrow - exact).norm()
+
+
+def test_attention_in_fp8_survives_a_resume_bitwise(pool: RankPool, tmp_path: Path) -> None:
+    config = fp8_config("wan", "tensorwise, attention", context=2, context_strategy="ring", recompute="selective")
+    straight = pool.run(2, train_and_save, config, 2, str(tmp_path), 3, 2)
+    resumed = pool.run(2, load_and_train, config, 2, str(tmp_path), 3, 2)
+    for key in ("loss", "norm"):
+        assert [told[key] for told in resumed] == [told[key] for told in straight]
 
 
 @pytest.mark.parametrize("options", [{"tensor": 2, "expert": 2}, {"context": 2, "recompute": "full"}], ids=str)
@@ -329,6 +360,20 @@ def test_figures_of_every_layer_reach_every_rank(pool: RankPool) -> None:
             for name, layer in figures.items():
                 for role, rounding in layer.items():
                     assert rounding.error == pytest.approx(alone[name][role].error, rel=0.05), f"{name} {role}"
+
+
+def test_figures_of_attention_stand_beside_those_of_matrices(pool: RankPool) -> None:
+    recipe = "tensorwise, attention"
+    alone, _ = pool.run(1, watched_step, fp8_config("wan", recipe), 1)[0]
+    layers = [f"blocks.{number}.self_attention" for number in (1, 2)]
+    assert [name for name in alone if name.endswith("self_attention")] == layers
+    for options in ({}, {"context": 2, "context_strategy": "ring"}):
+        figures, _ = pool.run(2, watched_step, fp8_config("wan", recipe, **options), 2)[0]
+        for name in layers:
+            assert list(figures[name]) == ["q", "k", "v"]
+            for operand, rounding in figures[name].items():
+                assert rounding.overflow == 0
+                assert rounding.error == pytest.approx(alone[name][operand].error, rel=0.05)
 
 
 @pytest.mark.parametrize("recipe", WIDTHS)

@@ -21,6 +21,7 @@ SET = {
     "train.spike_window": "9",
     "train.spike_rollback_steps": "5",
     "train.max_rollbacks": "9",
+    "precision.fp8_attention": "True",
     "precision.fp8_gradients": "'e5m2'",
     "precision.fp8_experts": "'nvfp4'",
     "precision.fp8_skip_first": "2",

@@ -11,6 +11,7 @@ Ranks: every rank holds its own tokens before and after. Gradient: the all-to-al
 again, and the keys' and values' gradients with them and one hop home (or a reduce-scatter).
 """
 
+import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from megavid.errors import ConfigError
 from megavid.ops.block_attention import BlockAttention, wide_dtype
+from megavid.ops.block_attention_fp8 import AttentionRounding, Fp8Attention, has_fp8_forward
 from megavid.ops.block_attention_library import block_attention
 from megavid.parallel.context.attn_plan import AttnPlan
 from megavid.parallel.context.blockwise import Given
@@ -58,9 +60,16 @@ class ContextParallelAttention:
     ) -> None:
         self.layout, self.kind, self.backend = layout, _kind(strategy, layout), backend
         self.kv_grad_dtype = kv_grad_dtype
-        self.latest: Task | None = None
+        self.tasks: dict[AttentionRounding | None, Task] = {}
 
-    def __call__(self, q_tBNA: Tensor, k_tBNA: Tensor, v_tBNA: Tensor, plans: Sequence[AttnPlan]) -> Tensor:
+    def __call__(
+        self,
+        q_tBNA: Tensor,
+        k_tBNA: Tensor,
+        v_tBNA: Tensor,
+        plans: Sequence[AttnPlan],
+        rounding: AttentionRounding | None = None,
+    ) -> Tensor:
         """Attention of this rank's tokens to all ranks' tokens, [t, B, N, A].
 
         Args:
@@ -68,11 +77,12 @@ class ContextParallelAttention:
             k_tBNA: keys; as many heads, or a divisor of them.
             v_tBNA: values, like the keys.
             plans: one for each of the B packs, in global tokens; the same on every rank.
+            rounding: of a layer whose attention is in FP8; None where it is not.
 
         Raises:
             ConfigError: heads, dtype or lengths that the layout or the backend cannot take.
         """
-        task = self._task(tuple(plans), q_tBNA, k_tBNA)
+        task = self._task(tuple(plans), q_tBNA, k_tBNA, rounding)
         ulysses, heads, kv_heads = self.layout.groups.plan.ulysses, q_tBNA.shape[2], k_tBNA.shape[2]
         q, k, v = q_tBNA, k_tBNA, v_tBNA
         if ulysses > 1:
@@ -89,7 +99,9 @@ class ContextParallelAttention:
             (out_tBNA,) = _to_tokens(out_tBNA, [heads], task.number)
         return out_tBNA
 
-    def _task(self, plans: tuple[AttnPlan, ...], q_tBNA: Tensor, k_tBNA: Tensor) -> Task:
+    def _task(
+        self, plans: tuple[AttnPlan, ...], q_tBNA: Tensor, k_tBNA: Tensor, rounding: AttentionRounding | None
+    ) -> Task:
         tokens, batch, heads, width = q_tBNA.shape
         if len(plans) != batch or tokens != self.layout.local_tokens:
             raise ConfigError(
@@ -102,18 +114,29 @@ class ContextParallelAttention:
                 f"a Ulysses degree of {ulysses} must divide the query heads = {heads} and the key heads = {kv_heads} "
                 "of a rank, and those of keys the others; set parallel.context_strategy = 'hybrid' or 'ring'"
             )
-        latest = self.latest
-        if latest is not None and latest.plans is plans and latest.fits(q_tBNA):
-            return latest
-        backend = self.backend
-        if isinstance(backend, str):
-            backend = block_attention(backend, q_tBNA.device, q_tBNA.dtype, width)
-        exchange = Exchange(self.layout)
-        task = Task(
-            next(_numbers), plans, self.kind, exchange, backend, self.kv_grad_dtype, q_tBNA.device, q_tBNA.dtype
-        )
-        _tasks[task.number] = self.latest = task
+        planned = next(iter(self.tasks.values()), None)
+        if planned is not None and not (planned.plans is plans and planned.fits(q_tBNA)):
+            self.tasks, planned = {}, None
+        if rounding in self.tasks:
+            return self.tasks[rounding]
+        number, backend = next(_numbers), self._backend(q_tBNA, width, rounding)
+        if planned is not None:  # the same rectangles, by another kernel
+            task = copy.copy(planned)
+            task.number, task.backend = number, backend
+        else:
+            where = (q_tBNA.device, q_tBNA.dtype)
+            task = Task(number, plans, self.kind, Exchange(self.layout), backend, self.kv_grad_dtype, *where)
+        _tasks[number] = self.tasks[rounding] = task
         return task
+
+    def _backend(self, q_tBNA: Tensor, width: int, rounding: AttentionRounding | None) -> BlockAttention:
+        """The kernel for tensors like the queries, and what rounds around it."""
+        backend, device = self.backend, q_tBNA.device
+        if isinstance(backend, str):
+            backend = block_attention(backend, device, q_tBNA.dtype, width)
+        if rounding is None:
+            return backend
+        return Fp8Attention(backend, rounding, is_in_eight_bits=has_fp8_forward(backend, device, width))
 
 
 def _kind(strategy: Strategy, layout: CPLayout) -> Kind:
