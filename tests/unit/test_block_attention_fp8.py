@@ -2,6 +2,9 @@
 that multiply in eight bits, with a stand-in for FlashAttention-3.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +14,12 @@ from megavid.ops.block_attention import BlockAttention, ReferenceAttention
 from megavid.ops.block_attention_aten import CpuFlash
 from megavid.ops.block_attention_fp8 import Fp8Attention, has_fp8_forward
 from megavid.ops.compiled import why_not_compiled
-from megavid.ops.fp8 import ABSOLUTE_ERROR, E4M3, RELATIVE_ERROR, dequantize, quantize_heads, scale_of
+from megavid.ops.fp8 import ABSOLUTE_ERROR, E4M3, RELATIVE_ERROR, Quantized, dequantize, quantize_heads, scale_of
 from megavid.ops.fp8_ops import COMPILED_FP8, REFERENCE_FP8, Fp8Ops
+from megavid.parallel.context.attention import ContextParallelAttention
+from megavid.parallel.context.attn_plan import AttnPlan
+from megavid.parallel.context.layout import CPLayout
+from tests.support.flash3 import Stand, stand_in
 
 SHAPES = {
     "mha": ((2, 4, 9, 16), (2, 4, 9, 16)),
@@ -20,6 +27,7 @@ SHAPES = {
     "one token": ((1, 2, 1, 16), (1, 2, 1, 16)),
     "one query": ((1, 2, 1, 16), (1, 2, 40, 16)),
 }
+CPU = torch.device("cpu")
 
 
 def draw(shape: str, dtype: torch.dtype) -> list[Tensor]:
@@ -137,4 +145,123 @@ def test_an_operand_is_watched() -> None:
 
 
 def test_kernels_without_eight_bits_are_not_asked() -> None:
-    assert not has_fp8_forward(CpuFlash(), torch.device("cpu"), 64)
+    assert not has_fp8_forward(CpuFlash(), CPU, 64)
+
+
+@pytest.fixture
+def flash3() -> Iterator[tuple[Any, Stand]]:
+    with stand_in() as found:
+        yield found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flash_attention_3_is_called_as_its_interface_wants(flash3: tuple[Any, Stand], shape: str) -> None:
+    kernel, stand = flash3
+    grad, q, k, v = draw(shape, torch.bfloat16)
+    out, lse = kernel.forward(q, k, v)
+    want, want_lse = ReferenceAttention().forward(q, k, v)
+    limits = {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(out, want, **limits)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    gradients = kernel.backward(grad, q, k, v, out, lse)
+    for got, wanted in zip(gradients, ReferenceAttention().backward(grad, q, k, v, out, lse)):
+        assert torch.equal(got, wanted)
+    assert stand.calls == ["wide", "backward"]
+    assert stand.deterministic == [torch.are_deterministic_algorithms_enabled()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flash_attention_3_is_given_bytes_and_scales(flash3: tuple[Any, Stand], shape: str) -> None:
+    """Weights are within e4m3's error of those of the turned-back operands, and the log-sum-exp is theirs."""
+    kernel, stand = flash3
+    grad, *inputs = draw(shape, torch.bfloat16)
+    rounding, kv_heads = Fp8AttentionRounding("layer", REFERENCE_FP8), inputs[1].shape[1]
+    attention = Fp8Attention(kernel, rounding, is_in_eight_bits=True)
+    out, lse = attention.forward(*inputs)
+    q, k, v = (dequantize(quantize_heads(x, kv_heads, E4M3)) for x in inputs)
+    want, want_lse = ReferenceAttention().forward(q, k, v)
+    magnitudes, _ = ReferenceAttention().forward(q, k, v.abs())
+    assert ((out - want).abs() <= (RELATIVE_ERROR[E4M3] + 2.0**-8) * magnitudes).all()
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    assert (out.dtype, out.shape) == (torch.bfloat16, inputs[0].shape)
+    gradients = attention.backward(grad, *inputs, out, lse)
+    narrow = [x.to(torch.bfloat16) for x in (q, k, v)]
+    for got, wanted in zip(gradients, ReferenceAttention().backward(grad, *narrow, out, lse)):
+        assert torch.equal(got, wanted)
+    assert stand.calls == ["fp8", "backward"]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_what_is_not_finite_stays_so_in_bytes(flash3: tuple[Any, Stand], place: int) -> None:
+    _, *inputs = draw("gqa", torch.bfloat16)
+    inputs[place] = inputs[place].clone()
+    inputs[place][1, 0, 2, 3] = torch.inf
+    rounding = Fp8AttentionRounding("layer", REFERENCE_FP8)
+    out, _ = Fp8Attention(flash3[0], rounding, is_in_eight_bits=True).forward(*inputs)
+    is_whole = torch.ones(2, 6, dtype=torch.bool)
+    is_whole[1, :3] = False  # the queries of key head 0
+    assert torch.equal(out.isfinite().all(-1).all(-1), is_whole)
+
+
+def test_a_kernel_in_eight_bits_is_tried_once(flash3: tuple[Any, Stand], caplog: pytest.LogCaptureFixture) -> None:
+    kernel, stand = flash3
+    assert has_fp8_forward(kernel, CPU, 128)
+    assert has_fp8_forward(kernel, CPU, 128)
+    assert stand.calls == ["fp8"]
+    assert not has_fp8_forward(kernel, CPU, 72)
+    assert stand.calls == ["fp8"]
+    assert "multiplies heads in eight bits whose width is a multiple of 16, got 72" in caplog.text
+
+
+def swapped(kernel: Any) -> Any:
+    """A kernel that takes the keys' scales for the queries'."""
+
+    class Swapped:
+        fp8_head_multiple = 16
+        forward, backward = kernel.forward, kernel.backward
+
+        def forward_fp8(self, q: Quantized, k: Quantized, v: Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            scale = k.scale.repeat_interleave(q.data.shape[1] // k.data.shape[1], 1)
+            found: tuple[Tensor, Tensor] = kernel.forward_fp8(q._replace(scale=scale), k, v, dtype)
+            return found
+
+    return Swapped()
+
+
+def broken(kernel: Any) -> Any:
+    """A kernel of a build without FP8."""
+
+    class Broken:
+        fp8_head_multiple = 16
+        forward, backward = kernel.forward, kernel.backward
+
+        def forward_fp8(self, q: Quantized, k: Quantized, v: Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            raise RuntimeError("This flash attention build does not support FP8.")
+
+    return Broken()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"), [(swapped, "differs from its twin on cpu"), (broken, "build does not support FP8")]
+)
+def test_a_kernel_that_is_wrong_is_turned_back(
+    flash3: tuple[Any, Stand], make: Any, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not has_fp8_forward(make(flash3[0]), CPU, 64)
+    assert words in caplog.text
+
+
+def test_a_layer_in_fp8_gives_its_kernel_bytes_and_the_others_wide_numbers(flash3: tuple[Any, Stand]) -> None:
+    """By the attention that models call; its layers share a plan."""
+    kernel, stand = flash3
+    tokens, plans = 24, (AttnPlan.packed((10, 9), 24),)
+    attention = ContextParallelAttention(CPLayout.contiguous(tokens), "ring", kernel)
+    generator = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(tokens, 1, 2, 16, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+    rounding = Fp8AttentionRounding("layer", REFERENCE_FP8)
+    wide, narrow = attention(*leaves, plans), attention(*leaves, plans, rounding)
+    assert stand.calls == ["wide"] * 2 + ["fp8"] * 3  # two clips, and the trial
+    stand.calls.clear()
+    assert 0 < (wide - narrow).norm() / wide.norm() < 0.1
+    (narrow.sum() + attention(*leaves, plans, rounding).sum()).backward()
+    assert stand.calls == ["fp8"] * 2 + ["backward"] * 4
