@@ -18,6 +18,10 @@ TILED = {"blockwise": 128, "mxfp8": 32}
 """Recipes whose scales belong to tiles: numbers along the sum that share one."""
 TILED_UNITS = {"blockwise": "hopper", "mxfp8": "blackwell"}
 """Architectures whose products with these tiles of e4m3 torch has (``megavid.ops.device_products``)."""
+ATTENTION_UNITS = {"flash_attn_3": "hopper"}
+"""Backends of attention that multiply in eight bits forward, and the architecture on which they do."""
+ATTENTION_HEADS = 16
+"""What a head's width must be a multiple of for that (``megavid.ops.block_attention_flash3``)."""
 TILE_SHARE = 1 / 32
 """Bytes of scales for each number that is kept: four for 128 (blockwise), one for 32 (mxfp8)."""
 WIDE = 4
@@ -36,6 +40,8 @@ one byte."""
 IN_ORDER = 2
 """Bytes for each number in eight bits that is copied to lie as GPUs' products want it: rows one after the other, or
 with zeros behind tokens that do not fill a tile."""
+SCALE = 2
+"""And scaling alone: the compiled op is given attention's heads scaled, as it takes one scale."""
 TURN_BACK_ONE, TURN_BACK_TILES = 13, 21
 """Bytes that turning a number back to fp32 moves: cast (5) and product with one scale (8); with tiles' scales each
 number's scale is written (4) and read (4) besides."""
@@ -127,11 +133,61 @@ def rounding_bytes(
     return forward + back * (inputs + weights), backward + back * (2 * gradients + weights + inputs)
 
 
+def attention_units_of(config: RunConfig, hardware: Hardware) -> Units:
+    """What the forward pass of self-attention in FP8 runs on; the backward pass is always wide."""
+    if config.precision.fp8 == "off" or not config.precision.fp8_attention:
+        return ""
+    is_taken = ATTENTION_UNITS.get(config.parallel.attention_backend) == hardware.generation
+    is_taken = is_taken and config.model.head_size % ATTENTION_HEADS == 0
+    return "fp8" if is_taken and "fp8" in hardware.peak else "turned back"
+
+
+def attention_rounding_bytes(units: Units, numbers: float, size: int, *, is_fused: bool = False) -> tuple[float, float]:
+    """Bytes that rounding queries, keys and values moves, forward and backward; the latter always turns them back.
+
+    Args:
+        units: of the forward pass, not "".
+        numbers: of all three, each as often as it is in a rectangle.
+        size: bytes of one as it comes, and as it is turned back to.
+        is_fused: compiled ops cut and cast.
+    """
+    rounding = READ_AMAX * size + ((SCALE + FUSED) * size if is_fused else SCALE_AND_CUT * size) + 1
+    back = turn_back_heads(size)
+    return numbers * (rounding + (0 if units == "fp8" else back)), numbers * (rounding + back)
+
+
+def turn_back_heads(size: int) -> int:
+    """Bytes that turning one number back to one of ``size`` bytes moves: the cast goes by fp32."""
+    cast = TURN_BACK_ONE - 2 * WIDE
+    return cast + (0 if size == WIDE else WIDE + size) + 2 * size
+
+
 def fp8_notes(config: RunConfig, hardware: Hardware, calibration: Calibration) -> tuple[str, ...]:
     """What the predicted step of a run in FP8 leans on, in words; nothing was measured on a GPU yet."""
     name, units = config.precision.fp8, units_of(config.precision, hardware)
     if units == "":
         return ()
+    return (*_product_notes(name, units, hardware, calibration), *_attention_notes(config, hardware, calibration))
+
+
+def _attention_notes(config: RunConfig, hardware: Hardware, calibration: Calibration) -> tuple[str, ...]:
+    backend, units = config.parallel.attention_backend, attention_units_of(config, hardware)
+    if units == "":
+        return ()
+    if units == "fp8":
+        ratio, share = calibration.fp8_matrix_ratio, calibration.attention_efficiency * calibration.fp8_matrix_ratio
+        return (
+            f"precision.fp8_attention: the forward pass of '{backend}' is timed at {share:.0%} of the FP8 peak of "
+            f"{hardware.name}, {ratio:.2f} times the share that wide attention reaches of its own, an assumption: "
+            "attention in FP8 was not measured on a GPU yet (docs/fp8.md)",
+        )
+    return (
+        f"precision.fp8_attention: '{backend}' on {hardware.name} does not multiply in eight bits: queries, keys and "
+        "values are rounded and turned back to wide numbers, and planned so: slower than without it (docs/fp8.md)",
+    )
+
+
+def _product_notes(name: str, units: Units, hardware: Hardware, calibration: Calibration) -> tuple[str, ...]:
     if units == "fp8":
         share = calibration.matrix_efficiency * calibration.fp8_matrix_ratio
         return (

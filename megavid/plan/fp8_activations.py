@@ -79,7 +79,15 @@ def eight_bit_temporaries(model: ModelConfig, shapes: Shapes, *, is_moe: bool, i
     most: dict[str, float] = {}
     for layer in layers_of_block(model, shapes, is_moe=is_moe, imbalance=imbalance):
         most[layer.part] = max(most.get(layer.part, 0.0), _temporaries(shapes, layer))
+    if shapes.precision.fp8_attention:
+        most["self_attention"] = max(most["self_attention"], _attention_temporaries(model, shapes))
     return most
+
+
+def _attention_temporaries(model: ModelConfig, shapes: Shapes) -> float:
+    """Of its backward pass: queries, keys and values in eight bits and turned back, and one on its way there."""
+    on_its_way = WIDE + (shapes.narrow if shapes.narrow < WIDE else 0)
+    return shapes.span * model.hidden_size / shapes.tp * (3 * (1 + shapes.narrow) + on_its_way)
 
 
 def _temporaries(shapes: Shapes, layer: Layer) -> float:

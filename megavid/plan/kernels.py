@@ -79,6 +79,7 @@ class Attention:
         keys: that a query sees on average.
         head_size: width of a head (the mean of its keys' and its values').
         is_ring: crosses context-parallel ranks by a ring, a piece of the keys at a time.
+        units: what multiplies in the forward pass; "fp8", or anything else for the run's number format.
     """
 
     part: str
@@ -86,6 +87,7 @@ class Attention:
     keys: float
     head_size: float
     is_ring: bool = False
+    units: Units = ""
 
     @property
     def exponentials(self) -> float:
@@ -220,6 +222,8 @@ class Machine:
         exponentials = work.exponentials / self.hardware.exponential_rate
         forward = work.flops / rate
         backward = 2.5 * forward / calibration.attention_backward_ratio
+        if work.units == "fp8":  # as much less of its peak as a product reaches; exponentials are as many
+            forward *= self.product_rate / self.fp8_product_rate
         return (forward + exponentials) / filled, (backward + exponentials) / filled
 
     def glue(self, bytes_moved: float, *, is_estimate: bool = False) -> float:

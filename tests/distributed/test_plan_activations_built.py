@@ -141,13 +141,15 @@ def test_saved_bytes_in_fp8_are_planned_within_five_percent(pool: RankPool, reci
     assert not wrong
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "mxfp8"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "mxfp8", "tensorwise, attention"])
 def test_peak_in_fp8_is_planned_from_above(pool: RankPool, recipe: str) -> None:
+    recipe, *attention = recipe.split(", ")
     shapes: list[tuple[str, dict[str, Any]]] = [("wan", {}), ("wan_moe", {**GELU, "top_k": 8})]
     wanted = [
         Case(
             family=family, moe=moe, model=MODEL, parallel={"recompute": recompute}, dtype="bf16",
             clips=(192,), pack_tokens=192, fp8=recipe, fp8_skip=0,
+            fp8_attention=bool(attention),
         )
         for family, moe in shapes
         for recompute in ("none", "selective", "full")

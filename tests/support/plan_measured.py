@@ -59,6 +59,7 @@ class Case:
         ops: ``train.ops``.
         lora: fields of ``LoraConfig``.
         fp8: ``precision.fp8``.
+        fp8_attention: ``precision.fp8_attention``.
         fp8_skip: blocks at each end that stay out of it.
     """
 
@@ -73,6 +74,7 @@ class Case:
     ops: str = "reference"
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
     fp8: str = "off"
+    fp8_attention: bool = False
     fp8_skip: int = 1
 
     @property
@@ -86,7 +88,11 @@ class Case:
             model=replace(config.model, **self.model),
             train=replace(config.train, ops=self.ops),
             precision=replace(
-                config.precision, fp8=self.fp8, fp8_skip_first=self.fp8_skip, fp8_skip_last=self.fp8_skip
+                config.precision,
+                fp8=self.fp8,
+                fp8_attention=self.fp8_attention,
+                fp8_skip_first=self.fp8_skip,
+                fp8_skip_last=self.fp8_skip,
             ),
             data=DataConfig(pack_tokens=self.pack_tokens),
         )

@@ -9,7 +9,7 @@ from megavid.config.load import load_run
 from megavid.config.schema import PrecisionConfig, RunConfig
 from megavid.ops.compiled import why_not_compiled
 from megavid.ops.fp8 import E4M3, amax_of, dequantize, quantize, quantize_tiles, scale_of
-from megavid.ops.fp8_ops import COMPILED_FP8
+from megavid.ops.fp8_ops import COMPILED_FP8, REFERENCE_FP8
 from megavid.plan.calibration import gpu_calibration
 from megavid.plan.fp8 import (
     FUSED,
@@ -18,14 +18,17 @@ from megavid.plan.fp8 import (
     TO_TILES,
     TURN_BACK_ONE,
     TURN_BACK_TILES,
+    attention_rounding_bytes,
+    attention_units_of,
     fp8_layers_of_stage,
     history_bytes,
     kept_bytes,
     rounding_bytes,
+    turn_back_heads,
     units_of,
 )
 from megavid.plan.hardware import Hardware, hardware
-from megavid.plan.kernels import Machine, Product
+from megavid.plan.kernels import Attention, Machine, Product
 from megavid.plan.layout import Layout, layout_of
 from megavid.plan.memory import memory_of
 from megavid.plan.time import stages_of, step_time
@@ -34,6 +37,7 @@ from megavid.plan.workload import Workload, workload_of_clip
 from tests.support.flagship import PLAIN
 from tools.count_operators import OperatorCounter
 
+COMPILED = pytest.mark.skipif(bool(why_not_compiled()), reason=f"compiled ops: {why_not_compiled()}")
 H100, A100, CALIBRATION = hardware("h100-80gb"), hardware("a100-80gb"), gpu_calibration()
 
 
@@ -98,7 +102,7 @@ def test_rounding_moves_what_its_operators_move(dtype: torch.dtype) -> None:
         assert widened.bytes / x.numel() == pytest.approx(back + table, rel=0.05)
 
 
-@pytest.mark.skipif(bool(why_not_compiled()), reason=f"compiled ops: {why_not_compiled()}")
+@COMPILED
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fused_rounding_moves_what_its_ops_move(dtype: torch.dtype) -> None:
     x, size = torch.randn(512, 1024).to(dtype), dtype.itemsize
@@ -214,3 +218,71 @@ def test_amaxes_travel_under_tensorwise_in_each_pass_and_under_delayed_once() ->
     assert found["tensorwise"] == {**found["off"], ("amax", 8): 38 * 6 * 8 * 3}
     assert found["delayed"] == {**found["off"], ("scalars", 64): found["off"]["scalars", 64] + 1}
     assert found["mxfp8"] == found["off"]
+
+
+ATTENTION = ("--precision.fp8_attention", "true")
+
+
+def test_attention_in_fp8_by_hand() -> None:
+    """On an H100: the forward pass at the FP8 rate, exponentials and the backward pass as they were."""
+    machine, wide = Machine(H100, CALIBRATION), Attention("self_attention", 1e15, 75_600, 128)
+    (forward, backward), (narrow, same) = machine.attention(wide), machine.attention(replace(wide, units="fp8"))
+    filled = 75_600 / (75_600 + CALIBRATION.attention_half_keys)
+    rate = 1978.9e12 * CALIBRATION.attention_efficiency * CALIBRATION.fp8_matrix_ratio
+    assert narrow == pytest.approx((1e15 / rate + 1e15 / (4 * 128) / 4.5e12) / filled)
+    assert same == backward
+    assert machine.attention(replace(wide, units="turned back")) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("backend", "machine", "width", "units"),
+    [
+        ("flash_attn_3", "h100-80gb", 128, "fp8"),
+        ("flash_attn_3", "h100-80gb", 40, "turned back"),  # no multiple of 16
+        ("flash_attn_3", "gb200", 128, "turned back"),
+        ("aten", "h100-80gb", 128, "turned back"),
+    ],
+)
+def test_attention_multiplies_in_eight_bits_where_its_backend_does(
+    backend: str, machine: str, width: int, units: str
+) -> None:
+    config = load_run("wan_14b", ["--precision.fp8", "tensorwise", *ATTENTION, "--parallel.attention_backend", backend])
+    config = replace(config, model=replace(config.model, num_heads=5120 // width))
+    assert attention_units_of(config, hardware(machine)) == units
+    assert attention_units_of(replace(config, precision=PrecisionConfig(fp8="tensorwise")), H100) == ""
+
+
+def test_attention_of_blocks_in_fp8_is_faster_there_and_slower_turned_back() -> None:
+    flags = ("--parallel.tensor", "4", "--precision.fp8_skip_first", "10")
+    plain, back, narrow = (
+        planned("wan_14b", 64, "tensorwise", *flags, *more)
+        for more in ((), ATTENTION, (*ATTENTION, "--parallel.attention_backend", "flash_attn_3"))
+    )
+    times = [step_time(*plan, H100, CALIBRATION) for plan in (plain, back, narrow)]
+    parts = [time.parts["self_attention"] for time in times]
+    assert parts[1] == pytest.approx(parts[0])
+    assert 0.93 * parts[0] < parts[2] < 0.97 * parts[0]  # products of the forward pass alone, of 29 blocks of 40
+    roundings = [time.parts["rounding"] for time in times]
+    assert roundings[0] < roundings[2] < roundings[1]
+    assert times[1].total > times[0].total > times[2].total
+    # Of 40 blocks 29 are in FP8: the backward pass and cross-attention are not.
+    work = stages_of(*narrow, H100)[0].attention
+    shares = {(each.part, each.units): each.flops for each in work}
+    assert shares.keys() == {("self_attention", "fp8"), ("self_attention", ""), ("cross_attention", "")}
+    assert shares["self_attention", "fp8"] / shares["self_attention", ""] == pytest.approx(29 / 11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_fused", [False, pytest.param(True, marks=COMPILED)])
+def test_rounding_of_attention_moves_what_its_operators_move(dtype: torch.dtype, is_fused: bool) -> None:
+    """Forward and backward, where it is turned back; of a GPU, as above."""
+    x, size = torch.randn(1, 4, 512, 64).to(dtype), dtype.itemsize
+    ops = COMPILED_FP8 if is_fused else REFERENCE_FP8
+    with OperatorCounter() as counted:
+        dequantize(ops.quantize_heads(x, 4, E4M3), dtype)
+    table = 1 + 4 + 4 + 4 - (1 + 4)
+    forward, backward = attention_rounding_bytes("turned back", x.numel(), size, is_fused=is_fused)
+    assert counted.bytes == pytest.approx(forward + table * x.numel(), rel=0.02)
+    assert backward == forward
+    narrow, _ = attention_rounding_bytes("fp8", x.numel(), size, is_fused=is_fused)
+    assert forward - narrow == turn_back_heads(size) * x.numel()
