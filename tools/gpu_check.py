@@ -3,6 +3,7 @@
 python tools/gpu_check.py device
 python tools/gpu_check.py kernels
 python tools/gpu_check.py te
+python tools/gpu_check.py fa3
 python tools/gpu_check.py ceiling --device cuda --json ceiling.json
 python tools/gpu_check.py step wan_1b --device cuda --ceiling ceiling.json --json step.json
 python tools/gpu_check.py page FOLDER --out docs/benchmarks/gpu_check.md
@@ -25,6 +26,8 @@ from bench_peer import Shape, alone, ours, run_config
 from megavid.config.schema import PrecisionConfig
 from megavid.errors import ConfigError
 from megavid.models.te import check_usable
+from megavid.ops.block_attention_fp8 import has_fp8_forward
+from megavid.ops.block_attention_library import block_attention
 from megavid.ops.compiled import compiled_devices, why_not_compiled_for
 from megavid.ops.fp8 import E4M3
 from megavid.ops.fp8_linear import Recipe, RecipeName, multiplies_in_eight_bits
@@ -36,6 +39,8 @@ from megavid.profiling.instrument import forced_balance
 from megavid.training.profile_report import cpu_name
 
 GIB = 2**30
+FP8_GOAL = 1.35
+"""Speed that FP8 with attention is to reach over bf16, with the same attention backend."""
 
 
 def device_name(device: str) -> str:
@@ -85,6 +90,18 @@ def find_te() -> int:
     return 0
 
 
+def find_fa3() -> int:
+    """Say whether FlashAttention-3 can be used here, and in eight bits; status 2 where not at all."""
+    device, width = torch.device("cuda", torch.cuda.current_device()), 128
+    try:
+        kernel = block_attention("flash_attn_3", device, torch.bfloat16, width)
+    except ConfigError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
+    print(f"FlashAttention-3, heads of {width} in eight bits: {has_fp8_forward(kernel, device, width)}")
+    return 0
+
+
 def list_recipes(device: str) -> int:
     """Name the recipes whose products run in eight bits on ``device``, those with tiles where their trial passes."""
     recipes: tuple[RecipeName, ...] = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -122,7 +139,9 @@ def measure_step(arguments: argparse.Namespace) -> dict[str, Any]:
     config = replace(
         config,
         parallel=replace(config.parallel, attention_backend=arguments.attention),
-        precision=replace(config.precision, fp8=arguments.fp8, linears=arguments.linears),
+        precision=replace(
+            config.precision, fp8=arguments.fp8, fp8_attention=arguments.fp8_attention, linears=arguments.linears
+        ),
     )
     with alone(config, device) as mesh:
         torch.manual_seed(0)
@@ -178,11 +197,21 @@ def page_of(folder: Path) -> list[str]:
         cells += [f"{statistics.median(found['seconds']):.3f} ({min(found['seconds']):.3f})", f"{found['tflops']:.3g}"]
         cells += [f"{found['mfu']:.1%}", reserved, f"{found['planned_gib']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", attention_line(folder)]
     for name, title in (("ops", "Compiled ops"), ("peer", "Against diffusers")):
         file = folder / f"{name}.log"
         if rows := _table_of(file):
             lines += ["", f"## {title}", "", *rows]
     return lines
+
+
+def attention_line(folder: Path) -> str:
+    """How much faster steps in FP8 with attention are than in bf16, with FlashAttention-3; or that there are none."""
+    files = [folder / f"step_dense_fa3{suffix}.json" for suffix in ("", "_tensorwise_attention")]
+    if not all(file.exists() for file in files):
+        return f"Attention in FP8 was not timed: FlashAttention-3 cannot be used here (goal: {FP8_GOAL} times bf16)."
+    wide, narrow = (statistics.median(json.loads(file.read_text())["seconds"]) for file in files)
+    return f"FP8 with attention is {wide / narrow:.2f} times as fast as bf16, both FlashAttention-3 (goal: {FP8_GOAL})."
 
 
 def _table_of(log: Path) -> list[str]:
@@ -199,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts.add_parser("device", help="name the GPU; status 2 without one")
     parts.add_parser("kernels", help="status 1 where the ops are not compiled for a GPU")
     parts.add_parser("te", help="status 2 where linears of Transformer Engine cannot be used")
+    parts.add_parser("fa3", help="status 2 where FlashAttention-3 cannot be used")
     recipes = parts.add_parser("recipes", help="those of precision.fp8 that multiply in eight bits here")
     ceiling = parts.add_parser("ceiling", help="matrix products and copies")
     step = parts.add_parser("step", help="training steps of one clip")
@@ -208,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step.add_argument("--steps", type=int, default=5, help="timed (default %(default)s)")
     step.add_argument("--ops", default="compiled", help="train.ops (default %(default)s)")
     step.add_argument("--fp8", default="off", help="precision.fp8 (default %(default)s)")
+    step.add_argument("--fp8-attention", action="store_true", help="precision.fp8_attention")
     step.add_argument("--linears", default="native", help="precision.linears (default %(default)s)")
     step.add_argument("--attention", default="aten", help="parallel.attention_backend (default %(default)s)")
     step.add_argument("--routing", choices=("real", "forced"), default="real", help="of experts (default %(default)s)")
@@ -227,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return find_kernels()
         case "te":
             return find_te()
+        case "fa3":
+            return find_fa3()
         case "recipes":
             return list_recipes(arguments.device)
         case "page":

@@ -8,7 +8,7 @@
 #
 # OUT=FOLDER: where logs and figures go (default runs/gpu_check). PYTHON=...: the interpreter (default python).
 # Status 0: every step passed; 1: one did not (its log is in OUT), or python has no torch; 2: there is no CUDA device.
-# Where Transformer Engine cannot be used its steps are left out, and the table says so.
+# Where Transformer Engine or FlashAttention-3 cannot be used its steps are left out, and the table says so.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-runs/gpu_check} device=cuda
@@ -85,6 +85,16 @@ done
 if [ $has_te = 1 ]; then
   train dense_te "${dense[@]}" --linears transformer_engine
   train dense_te_tensorwise "${dense[@]}" --linears transformer_engine --fp8 tensorwise
+fi
+if [ $device = cpu ]; then
+  train dense_tensorwise_attention "${dense[@]}" --fp8 tensorwise --fp8-attention # turned back to wide numbers
+elif "$python" tools/gpu_check.py fa3; then
+  fa3=("${dense[@]}" --attention flash_attn_3)
+  train dense_fa3 "${fa3[@]}"
+  train dense_fa3_tensorwise "${fa3[@]}" --fp8 tensorwise
+  train dense_fa3_tensorwise_attention "${fa3[@]}" --fp8 tensorwise --fp8-attention
+else
+  printf 'dense_fa3\tleft out: FlashAttention-3 cannot be used\t0\n' >>"$out/steps.tsv"
 fi
 for routing in real forced; do
   train "moe_$routing" "${moe[@]}" --routing $routing

@@ -58,7 +58,7 @@ def examine() -> list[Finding]:
     """All findings, required things first."""
     probes: list[Callable[[], Finding]] = [
         *(_python, _torch, _megatron_core, _cuda, _communication),
-        *(_transformer_engine, _apex, _deepspeed, _flex_dispatchers, _compiled_ops, _compiler, _fp8),
+        *(_transformer_engine, _apex, _deepspeed, _flex_dispatchers, _compiled_ops, _compiler, _fp8, _attention),
         *(_inference, _video, _versions, _job, _caches),
     ]
     return [probe() for probe in probes]
@@ -243,6 +243,41 @@ def _fp8() -> Finding:
         else "torch's product on CPU: right, not fast"
     )
     return Finding(name, "on", found, effect)
+
+
+def _attention() -> Finding:
+    name, torchs = "attention", "'aten' and 'cudnn' are torch's"
+    if trouble := why_not("megavid.ops.block_attention_library"):
+        return Finding(name, "off", trouble, "as the row of torch says")
+    from megavid.ops.block_attention_library import NEEDS, installed
+
+    packages = sorted(NEEDS.keys() & installed())
+    if not packages:
+        effect = f"parallel.attention_backend: {torchs}; attention in FP8 is turned back to wide numbers"
+        return Finding(name, "off", "neither flash-attn nor FlashAttention-3 is installed", effect)
+    effect = f"parallel.attention_backend takes {', '.join(map(repr, packages))}; {torchs}"
+    if "flash_attn_3" in packages:
+        effect += "; " + _flash_attention_3()
+    return Finding(name, "on", ", ".join(NEEDS[package] for package in packages), effect)
+
+
+def _flash_attention_3() -> str:
+    """What FlashAttention-3 does on this machine, in words."""
+    import torch
+
+    from megavid.errors import ConfigError
+    from megavid.ops.block_attention_fp8 import has_fp8_forward
+    from megavid.ops.block_attention_library import block_attention
+
+    if not torch.cuda.is_available():
+        return "FlashAttention-3 needs a GPU"
+    device, width = torch.device("cuda", torch.cuda.current_device()), 128
+    try:
+        kernel = block_attention("flash_attn_3", device, torch.bfloat16, width)
+    except (ConfigError, *_BROKEN) as error:
+        return " ".join(str(error).split())[:160]
+    tried = "multiplies heads of 128 in eight bits, tried just now"
+    return tried if has_fp8_forward(kernel, device, width) else "attention in FP8 is turned back to wide numbers"
 
 
 def _inference() -> Finding:

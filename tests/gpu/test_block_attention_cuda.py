@@ -4,8 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megavid.ops.block_attention import ReferenceAttention
-from megavid.ops.block_attention_library import block_attention, installed
+from megavid.errors import ConfigError
+from megavid.models.fp8 import Fp8AttentionRounding
+from megavid.ops.block_attention import BlockAttention, ReferenceAttention
+from megavid.ops.block_attention_fp8 import Fp8Attention, has_fp8_forward
+from megavid.ops.block_attention_library import block_attention
+from megavid.ops.fp8 import E4M3, RELATIVE_ERROR, dequantize, quantize_heads
+from megavid.ops.fp8_ops import REFERENCE_FP8
 from megavid.parallel.context.attention import ContextParallelAttention
 from megavid.parallel.context.attn_plan import AttnPlan
 from megavid.parallel.context.layout import CPLayout
@@ -18,8 +23,17 @@ KERNELS = [
     ("aten", torch.bfloat16, 3e-2),
     ("cudnn", torch.bfloat16, 3e-2),
     ("flash_attn", torch.bfloat16, 3e-2),
+    ("flash_attn_3", torch.bfloat16, 3e-2),
     ("reference", torch.float64, 1e-10),
 ]
+
+
+def kernel_of(name: str, dtype: torch.dtype, width: int = 64) -> BlockAttention:
+    """The backend, or a skip where this machine has not got it."""
+    try:
+        return block_attention(name, torch.device("cuda", torch.cuda.current_device()), dtype, width)
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 def draw(shape: str, dtype: torch.dtype) -> list[Tensor]:
@@ -34,10 +48,8 @@ def draw(shape: str, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize(("name", "dtype", "tolerance"), KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_cuda_kernel_equals_its_slow_twin(shape: str, name: str, dtype: torch.dtype, tolerance: float) -> None:
-    if name not in installed():
-        pytest.skip(f"{name} is not installed")
     grad, q, k, v = draw(shape, dtype)
-    fast, slow = block_attention(name, q.device, dtype, q.shape[-1]), ReferenceAttention()
+    fast, slow = kernel_of(name, dtype), ReferenceAttention()
     out, lse = fast.forward(q, k, v)
     want_out, want_lse = slow.forward(*(x.double() for x in (q, k, v)))
     assert lse.shape == want_lse.shape
@@ -50,8 +62,7 @@ def test_a_cuda_kernel_equals_its_slow_twin(shape: str, name: str, dtype: torch.
 
 @pytest.mark.parametrize(("name", "dtype", "tolerance"), KERNELS)
 def test_blocks_on_a_gpu_merge_to_one_call(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    if name not in installed():
-        pytest.skip(f"{name} is not installed")
+    kernel_of(name, dtype)
     tokens = 200
     whole = AttnPlan.bidirectional(tokens)
     cuts = [(0, 70), (70, 71), (71, 200)]
@@ -66,3 +77,29 @@ def test_blocks_on_a_gpu_merge_to_one_call(name: str, dtype: torch.dtype, tolera
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for one, many in zip(*results):
         torch.testing.assert_close(many, one, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("keys", [333, 8192])
+def test_attention_in_eight_bits_is_near_that_of_the_numbers_turned_back(width: int, keys: int) -> None:
+    """Outputs within what e4m3 rounds of the weights, in mean and at worst; of many keys the sums are long, too."""
+    kernel, device = kernel_of("flash_attn_3", torch.bfloat16, width), torch.device("cuda", torch.cuda.current_device())
+    assert has_fp8_forward(kernel, device, width)
+    generator = torch.Generator().manual_seed(9)
+    sizes = [(141, 6), (141, 6), (keys, 2), (keys, 2)]
+    grad, *inputs = (
+        torch.randn(tokens, 2, heads, width, generator=generator).to(device, torch.bfloat16).permute(1, 2, 0, 3)
+        for tokens, heads in sizes
+    )
+    attention = Fp8Attention(kernel, Fp8AttentionRounding("layer", REFERENCE_FP8), is_in_eight_bits=True)
+    out, lse = attention.forward(*inputs)
+    q, k, v = (dequantize(quantize_heads(x, 2, E4M3)) for x in inputs)
+    want, want_lse = ReferenceAttention().forward(q, k, v)
+    magnitudes, _ = ReferenceAttention().forward(q, k, v.abs())
+    error = (out.float() - want).abs() / magnitudes
+    print(f"width {width}, {keys} keys: errors {error.mean():.4f} in the mean, {error.max():.4f} at most")
+    assert error.max() <= 2 * RELATIVE_ERROR[E4M3]
+    torch.testing.assert_close(lse, want_lse, rtol=0.0, atol=2e-2)
+    gradients = attention.backward(grad, *inputs, out, lse)
+    for got, truth in zip(gradients, ReferenceAttention().backward(grad.float(), q, k, v, out.float(), lse)):
+        torch.testing.assert_close(got.float(), truth, rtol=3e-2, atol=3e-2)

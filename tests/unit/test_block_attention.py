@@ -1,5 +1,6 @@
 """Block attention: every kernel of this machine against the slow twin, and refusals that name what a backend lacks."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from megavid.ops import block_attention_library
 from megavid.ops.block_attention import CAPABILITIES, BlockAttention, ReferenceAttention, check_capability
 from megavid.ops.block_attention_aten import CudaCudnn, CudaFlash
 from megavid.ops.block_attention_library import block_attention
+from tests.support.flash3 import stand_in
 
 SHAPES = {
     "mha": ((2, 4, 9, 8), (2, 4, 9, 8)),
@@ -91,6 +93,24 @@ def test_a_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(block_attention_library.NEEDS, "flash_attn", "no_such_package")
     with pytest.raises(ConfigError, match="'flash_attn' needs the package no_such_package; install it, or set 'aten'"):
         block_attention("flash_attn", torch.device("cuda"), torch.bfloat16, 64)
+
+
+def test_flash_attention_3_is_of_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its module is there: it is not asked to run what it cannot."""
+    device, words = (
+        torch.device("cuda", 0),
+        r"capability 9\.0, cuda:0 has 10\.0; set parallel\.attention_backend = 'aten'",
+    )
+    with stand_in():
+        for generation in ((10, 0), (9, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=generation: found)
+            block_attention_library._check_generation.cache_clear()
+            refused = pytest.raises(ConfigError, match=words) if generation == (10, 0) else nullcontext()
+            with refused:
+                kernel = block_attention("flash_attn_3", device, torch.bfloat16, 128)
+        assert type(kernel).__name__ == "FlashAttn3"
+    block_attention_library._check_generation.cache_clear()
+    block_attention_library._block_attention.cache_clear()
 
 
 def test_every_row_of_the_table_for_this_machine_can_do_what_it_says() -> None:

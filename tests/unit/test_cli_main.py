@@ -119,6 +119,7 @@ def test_doctor_reports_every_probe(capsys: pytest.CaptureFixture[str]) -> None:
         "DeepSpeed",
         "DeepEP",
         "FP8",
+        "FlashAttention-3",
     ):
         assert name in out
 

@@ -1,5 +1,7 @@
 """tools/gpu_check.sh does not report success, nor an old page, where something is missing; python is a stub here."""
 
+import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -78,6 +80,34 @@ def test_without_transformer_engine_its_steps_are_left_out(tmp_path: Path) -> No
     assert found[:3] == (0, NEW, NEW)
     assert "--linears" not in found.calls
     assert "te_parity\tleft out" in (tmp_path / "out/steps.tsv").read_text()
+
+
+def test_without_flash_attention_3_its_steps_are_left_out(tmp_path: Path) -> None:
+    found = run(tmp_path, failing="gpu_check.py fa3", status=2)
+    assert found[:3] == (0, NEW, NEW)
+    assert "--attention flash_attn_3" not in found.calls
+    assert "dense_fa3\tleft out" in (tmp_path / "out/steps.tsv").read_text()
+
+
+def test_with_flash_attention_3_steps_in_fp8_are_timed_against_its_own_in_bf16(tmp_path: Path) -> None:
+    calls = run(tmp_path, failing="no such command").calls
+    assert calls.count("--attention flash_attn_3") == 3
+    assert "--attention flash_attn_3 --fp8 tensorwise --fp8-attention --device cuda" in calls
+    names = [line.split("step_")[-1] for line in calls.splitlines() if "flash_attn_3" in line]
+    assert names == ["dense_fa3.json", "dense_fa3_tensorwise.json", "dense_fa3_tensorwise_attention.json"]
+
+
+@pytest.mark.parametrize("has_steps", [False, True])
+def test_the_page_says_how_much_faster_attention_in_fp8_is_or_that_it_was_not_timed(
+    tmp_path: Path, has_steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    attention_line = importlib.import_module("gpu_check").attention_line
+    if has_steps:
+        for name, seconds in (("", 3.0), ("_tensorwise_attention", 2.0)):
+            (tmp_path / f"step_dense_fa3{name}.json").write_text(json.dumps({"seconds": [seconds] * 3}))
+    words = "is 1.50 times as fast as bf16" if has_steps else "was not timed: FlashAttention-3 cannot be used here"
+    assert words in attention_line(tmp_path)
 
 
 def test_with_transformer_engine_it_is_compared_and_trained(tmp_path: Path) -> None:
