@@ -67,10 +67,18 @@ def test_runs_in_fp8_are_near(found: Found, name: str) -> None:
     assert 1e-3 < float((got - wanted).norm() / wanted.norm()) < 0.1
 
 
+def test_attention_in_fp8_is_ours_beside_its_linears(found: Found) -> None:
+    for linears in ("native", "transformer_engine"):
+        wide, narrow = (found[name, linears][0]["loss"] for name in ("tensorwise", "tensorwise, attention"))
+        assert all(one != other for one, other in zip(wide, narrow, strict=True))
+        assert narrow == pytest.approx(wide, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
         ("tensorwise", "Float8CurrentScaling HYBRID"),
+        ("tensorwise, attention", "Float8CurrentScaling HYBRID"),
         ("experts tensorwise e4m3", "Float8CurrentScaling E4M3"),
         ("experts blockwise", "Float8BlockScaling E4M3"),
         ("experts in four bits", "Float8CurrentScaling HYBRID"),

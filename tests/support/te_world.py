@@ -68,6 +68,7 @@ CASES = {
     "experts tp2 ep2 etp2": Case("wan_moe", 4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
     "adapters beside experts tp2": Case("wan_moe", 2, {"tensor": 2}, lora={"rank": 4}),
     "tensorwise": Case(precision={"fp8": "tensorwise"}),
+    "tensorwise, attention": Case(precision={"fp8": "tensorwise", "fp8_attention": True}),
     "experts tensorwise e4m3": Case(
         "wan_moe", 2, {"tensor": 2, "expert": 2}, {"fp8": "tensorwise", "fp8_gradients": "e4m3"}
     ),
