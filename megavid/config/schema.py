@@ -51,8 +51,7 @@ class ParallelConfig:
     context_strategy: Literal["auto", "ulysses", "ring", "allgather", "hybrid"] = "auto"
     """How attention crosses context-parallel ranks; auto: heads in a node (ulysses), a ring beyond."""
     attention_backend: Literal["aten", "cudnn", "flash_attn", "flash_attn_3"] = "aten"
-    """Kernel of self-attention: torch's flash (memory-efficient in fp32), cuDNN's, the package flash-attn's, or
-    FlashAttention-3's (Hopper)."""
+    """Kernel of self-attention: torch's flash, cuDNN's, the package flash-attn's, or FlashAttention-3's (Hopper)."""
     expert: int = 1
     """Ranks that share the experts of a layer (EP)."""
     expert_tensor: int = 1
