@@ -65,7 +65,6 @@ LAYOUTS = {
         "wan", "tensorwise, attention", 2, {"context": 2, "context_strategy": "ulysses", "recompute": "selective"},
     ),
     "attention cp2 ring": ("wan", "tensorwise, attention", 2, {"context": 2, "context_strategy": "ring"}),
-    "attention cp2 allgather": ("wan", "tensorwise, attention", 2, {"context": 2, "context_strategy": "allgather"}),
     "attention cp4 hybrid": ("wan", "tensorwise, attention", 4, {"context": 4, "context_strategy": "hybrid"}),
 }  # fmt: skip
 REFERENCES: dict[str, Any] = {}
