@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavid.cli.arguments import decimal_number, take_option, whole_number
+from megavid.cli.imports import importing
 from megavid.cli.quiet import silence_known_warnings
 from megavid.cluster.health import Facts, Finding, Limits, judge
 from megavid.config.load import load_run, preset_names
@@ -77,9 +78,10 @@ def main(argv: Sequence[str]) -> int:
     request = parse(argv)
     silence_known_warnings()
 
-    from megavid.cli.ranks import find_ranks
-    from megavid.parallel.launch import run_local_ranks
-    from megavid.training.run import local_device
+    with importing():
+        from megavid.cli.ranks import find_ranks
+        from megavid.parallel.launch import run_local_ranks
+        from megavid.training.run import local_device
 
     env, num_ranks = find_ranks(request.ranks)
     config = load_run(request.preset, request.overrides, world_size=num_ranks)

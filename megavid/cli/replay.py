@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megavid.cli.arguments import take_option, whole_number
+from megavid.cli.imports import importing
 from megavid.cli.quiet import silence_known_warnings
 from megavid.config.load import load_run, with_flags
 from megavid.errors import ConfigError, NumericalStop
@@ -60,11 +61,12 @@ def main(argv: Sequence[str]) -> int:
     silence_known_warnings()
     load_run(str(folder / "run.toml"), overrides)  # refuses a bad key before torch is imported
 
-    import torch
+    with importing():
+        import torch
 
-    from megavid.parallel.launch import run_local_ranks
-    from megavid.training.replay import recorded, replay_rank, routing_of
-    from megavid.training.run import local_device
+        from megavid.parallel.launch import run_local_ranks
+        from megavid.training.replay import recorded, replay_rank, routing_of
+        from megavid.training.run import local_device
 
     what = recorded(folder, step)
     record = routing_of(folder, step) if routing else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavid.cli.arguments import decimal_number, take_all, take_flag, take_option, whole_number
+from megavid.cli.imports import importing
 from megavid.cli.quiet import silence_known_warnings
 from megavid.cli.served import ServedOptions, is_served, open_served
 from megavid.errors import ConfigError
@@ -67,11 +68,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     silence_known_warnings()
 
-    import torch
+    with importing():
+        import torch
 
-    from megavid.parallel.launch import RankEnv, run_local_ranks
-    from megavid.training.run import local_device
-    from megavid.training.sample_run import SampleJob, sample_rank
+        from megavid.parallel.launch import RankEnv, run_local_ranks
+        from megavid.training.run import local_device
+        from megavid.training.sample_run import SampleJob, sample_rank
 
     request = parse(argv)
     if is_served(request.checkpoint):

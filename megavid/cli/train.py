@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavid.cli.arguments import out_folder, take_flag, take_option, take_preset, whole_number
+from megavid.cli.imports import importing
 from megavid.cli.quiet import silence_known_warnings
 from megavid.config.load import load_run, preset_names
 from megavid.config.schema import RunConfig
@@ -57,17 +58,20 @@ def main(argv: Sequence[str]) -> int:
     config = load_run(request.preset, request.overrides)
     silence_known_warnings()
 
-    from megavid.cli.ranks import find_ranks
-    from megavid.parallel.launch import run_local_ranks
+    with importing():
+        from megavid.cli.ranks import find_ranks
+        from megavid.parallel.launch import run_local_ranks
 
     env, num_ranks = find_ranks(request.ranks)
     config = load_run(request.preset, request.overrides, world_size=num_ranks)
     layout = layout_of(config, num_ranks)
 
-    import torch
+    with importing():
+        import torch
+        import torch._dynamo  # the first optimizer imports it, a second of CPU
 
-    from megavid.training.run import local_device, run_rank
-    from megavid.training.run_dir import RunDir, RunLock
+        from megavid.training.run import local_device, run_rank
+        from megavid.training.run_dir import RunDir, RunLock
 
     device = local_device(request.ranks or 1)
     if request.ranks > 1:
