@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from tests.support.warm_parent import WarmParent
 
 POOL = pytest.StashKey[Any]()
+
+# Imports and collected tests are no garbage: looking for some while they are made, or among them later, is only slow.
+gc.disable()
 
 
 class ByFile(LoadScopeScheduling):
@@ -40,6 +45,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         from tests.support.ranks import RankPool  # imports megatron-core, which other tests need not wait for
 
         session.config.stash[POOL] = RankPool()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries that count what Python leaves behind would complain of all of it
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
