@@ -16,7 +16,7 @@ from tests.support.warm_parent import WarmParent
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "slurm"
 FLAGS = (
-    "--train.steps", "8", "--train.global_batch_size", "4", "--checkpoint.interval_steps", "2",
+    "--train.steps", "4", "--train.global_batch_size", "4", "--checkpoint.interval_steps", "2",
     "--data.validation_samples", "4", "--log.tensorboard", "false",
 )  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_two_nodes_train_the_curve_of_one_process(cluster: SlurmCluster, warm: W
     )  # fmt: skip
     assert cluster.wait_end(job) == "COMPLETED", cluster.log(job)
     ours, theirs = (column(read_rows(folder / "metrics.jsonl"), "loss")[1] for folder in (out, tmp_path / "alone"))
-    assert len(ours) == 8
+    assert len(ours) == 4
     assert ours == pytest.approx(theirs, rel=LOSS_FP32)
     assert f"ranks by srun: {tmp_path}/node/env-" in cluster.log(job)
     hosts = [row["rank"] for row in json.loads((out / "ranks.json").read_text())]
