@@ -9,7 +9,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megavid.config.schema import RunConfig, require
+from megavid.config.schema import RunConfig
+from megavid.errors import ConfigError
 from megavid.plan.answer import Answer, plan_run
 from megavid.plan.bounds import RECOMPUTE
 from megavid.plan.enumerate import Point, Space, Trial
@@ -75,7 +76,8 @@ def search(
     for point in points:
         if not judge.take(point):
             break
-    require(bool(judge.best), _nothing_fits(space, points))
+    if not judge.best:
+        raise ConfigError(_nothing_fits(space, points))
 
     def answer(trial: Trial) -> Answer:
         return plan_run(trial.config, trial.workload, job)
