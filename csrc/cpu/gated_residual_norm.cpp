@@ -11,28 +11,26 @@ namespace megavid {
 namespace MEGAVID_ISA {
 namespace {
 
-template <typename T, bool kCentered>
+template <typename T, bool kCentered, bool kGated>
 void forward(const GatedResidualNorm& job, int64_t begin, int64_t end) {
   const ModulatedNorm& norm = job.norm;
   const int64_t width = norm.width;
   Scratch buffer(width);
+  float* wide = buffer.data();
   for (int64_t token = begin; token < end; ++token) {
     const T* x = static_cast<const T*>(job.x) + token * width;
     const T* update = static_cast<const T*>(job.update) + token * width;
     T* residual = static_cast<T*>(job.residual) + token * width;
-    if (job.gate != nullptr) {
-      const float* gate = job.gate + job.gate_row[token] * width;
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) store(residual + i, load(x[i]) + load(update[i]) * gate[i]);
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) store(residual + i, load(x[i]) + load(update[i]));
-    }
-    const float* wide = widened(residual, buffer.data(), width);
     T* y = static_cast<T*>(norm.y) + token * width;
+    const float* gate = kGated ? job.gate + job.gate_row[token] * width : nullptr;
     const float* shift = norm.shift + norm.row[token] * width;
     const float* scale = norm.scale + norm.row[token] * width;
-    const Moments m = moments<kCentered>(wide, width, norm.eps);
+    const Moments m = moments<kCentered>(width, norm.eps, wide, [=](int64_t i) {
+      T stored;
+      store(&stored, load(x[i]) + (kGated ? load(update[i]) * gate[i] : load(update[i])));
+      residual[i] = stored;
+      return load(stored);
+    });
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       store(y + i, (wide[i] - m.mean) * m.rstd * (1.0f + scale[i]) + shift[i]);
@@ -85,9 +83,14 @@ void backward(const GatedResidualNorm& job, int64_t begin, int64_t end) {
   }
 }
 
+template <typename T, bool kGated>
+void run_forward_of(const GatedResidualNorm& job, int64_t begin, int64_t end) {
+  job.norm.is_centered ? forward<T, true, kGated>(job, begin, end) : forward<T, false, kGated>(job, begin, end);
+}
+
 template <typename T>
 void run_forward(const GatedResidualNorm& job, int64_t begin, int64_t end) {
-  job.norm.is_centered ? forward<T, true>(job, begin, end) : forward<T, false>(job, begin, end);
+  job.gate != nullptr ? run_forward_of<T, true>(job, begin, end) : run_forward_of<T, false>(job, begin, end);
 }
 
 template <typename T>

@@ -18,13 +18,13 @@ template <typename T, bool kCentered>
 void forward(const ModulatedNorm& job, int64_t begin, int64_t end) {
   const int64_t width = job.width;
   Scratch buffer(width);
+  float* wide = buffer.data();
   for (int64_t token = begin; token < end; ++token) {
     const T* x = static_cast<const T*>(job.x) + token * width;
     T* y = static_cast<T*>(job.y) + token * width;
     const float* shift = job.shift + job.row[token] * width;
     const float* scale = job.scale + job.row[token] * width;
-    const float* wide = widened(x, buffer.data(), width);
-    const Moments m = moments<kCentered>(wide, width, job.eps);
+    const Moments m = moments<kCentered>(width, job.eps, wide, [=](int64_t i) { return load(x[i]); });
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       store(y + i, (wide[i] - m.mean) * m.rstd * (1.0f + scale[i]) + shift[i]);

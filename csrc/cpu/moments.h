@@ -13,19 +13,21 @@ struct Moments {
   float rstd;
 };
 
-// A token's numbers in fp32: themselves, or a copy that stays in the first-level cache.
-inline const float* widened(const float* row, float*, int64_t) { return row; }
-
-inline const float* widened(const BFloat16* row, float* room, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) room[i] = load(row[i]);
-  return room;
-}
-
-// Two passes, so that a large mean costs no digits; the numbers are in the first-level cache.
-template <bool kCentered>
-Moments moments(const float* wide, int64_t width, float eps) {
-  const float mean = kCentered ? total(width, [=](int64_t i) { return wide[i]; }) / static_cast<float>(width) : 0.0f;
-  const float squares = total(width, [=](int64_t i) { return (wide[i] - mean) * (wide[i] - mean); });
+// Writes number(i), which is called once for each of a token's numbers, to wide[i]. Two passes, so that a large mean costs
+// no digits; wide is in the first-level cache.
+template <bool kCentered, typename Number>
+Moments moments(int64_t width, float eps, float* wide, Number number) {
+  const auto fetch = [=](int64_t i) { return wide[i] = number(i); };
+  float mean = 0.0f, squares;
+  if (kCentered) {
+    mean = total(width, fetch) / static_cast<float>(width);
+    squares = total(width, [=](int64_t i) { return (wide[i] - mean) * (wide[i] - mean); });
+  } else {
+    squares = total(width, [=](int64_t i) {
+      const float value = fetch(i);
+      return value * value;
+    });
+  }
   return {mean, 1.0f / std::sqrt(squares / static_cast<float>(width) + eps)};
 }
 
