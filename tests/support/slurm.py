@@ -187,20 +187,6 @@ class SlurmCluster:
         """Kill a node's slurmd; what its jobs run lives on, as it does where the network to a node is lost."""
         os.kill(int((self.folder / "run" / f"slurmd.{name}.pid").read_text()), signal.SIGKILL)
 
-    @contextmanager
-    def kill_wait(self, seconds: int) -> Iterator[None]:
-        """While open, so many seconds pass from SIGTERM to SIGKILL (5 at least): for ranks that cannot end."""
-        text = self.conf.read_text()
-        self._configure(re.sub(r"(?m)^KillWait=.*", f"KillWait={seconds}", text))
-        try:
-            yield
-        finally:
-            self._configure(text)
-
-    def _configure(self, text: str) -> None:
-        self.conf.write_text(text)
-        self.ask("scontrol", "reconfigure")
-
     def _wait_idle(self) -> None:
         deadline = time.monotonic() + 25
         while (text := self.ask("sinfo", "-h", "-N", "-o", "%N %T")).count("idle") < NODES:
@@ -282,7 +268,7 @@ class SlurmCluster:
         A moment later than its end: nodes refuse a start whose credential is of the second in which they ended the job.
         """
         self.wait_state(job, "PENDING", timeout_s=timeout_s)
-        time.sleep(1.5)
+        time.sleep(3)
         deadline = time.monotonic() + timeout_s
         while self.job(job)["JobState"] == "PENDING":
             assert time.monotonic() < deadline, f"job {job} does not start: {self.job(job)}"
