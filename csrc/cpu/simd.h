@@ -64,10 +64,10 @@ inline float total(int64_t width, Number f) {
     for (int64_t i = 0; i < kParts; ++i) part[i] += f(begin + i);
   }
   for (int64_t i = 0; begin + i < width; ++i) part[i] += f(begin + i);
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < kParts; ++i) sum += part[i];
-  return sum;
+  for (int64_t half = kParts / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+  }
+  return part[0];
 }
 
 // Arguments that exponential() takes as they are; what lies beyond is taken for the nearest of them.
