@@ -98,9 +98,11 @@ def _cpu_jobs(compiler: str, temp: Path) -> list[list[object]]:
 
 
 def _cuda_jobs(nvcc: str, temp: Path) -> list[list[object]]:
-    """A command for every CUDA kernel file, for all architectures that this nvcc knows."""
+    """A command for every CUDA kernel file, for all architectures that this nvcc knows, and for what follows them."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"sm_{a}" in known]
+    architectures = [a for a in CUDA_ARCHITECTURES if f"sm_{a}" in known]
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in architectures[-1:]]
     return [
         [nvcc, *CUDA_FLAGS, *codes, "-c", source, "-o", temp / f"{source.stem}_cuda.o"]
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))

@@ -156,6 +156,7 @@ __global__ void sum_columns(Terms terms, Tables<kTables> tables, int64_t tokens,
 template <int kTables, typename Terms>
 cudaError_t launch_sums(const Terms& terms, const Tables<kTables>& tables, const Sums& sums, int64_t width,
                         cudaStream_t stream) {
+  if (width == 0) return cudaSuccess;
   const int64_t chunks = (sums.tokens + sums.chunk_tokens - 1) / sums.chunk_tokens;
   const dim3 grid(static_cast<unsigned>((width + kColumns - 1) / kColumns), static_cast<unsigned>(chunks));
   sum_columns<kTables><<<grid, kColumns, 0, stream>>>(terms, tables, sums.tokens, sums.chunk_tokens, width);

@@ -137,6 +137,11 @@ cudaError_t megavid_cuda_router_topk_forward(const megavid::RouterTopk* job, cud
   if (job->tokens == 0) return cudaSuccess;
   const size_t shared = kWarps * (2 * job->experts + job->num_groups) * sizeof(float);
   const unsigned blocks = static_cast<unsigned>((job->tokens + kWarps - 1) / kWarps);
+  if (shared > 48 << 10) {  // beyond this a kernel has to ask: from some 760 experts on
+    const int bytes = static_cast<int>(shared);
+    const cudaError_t error = cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+  }
   forward<<<blocks, kThreads, shared, stream>>>(*job);
   return cudaGetLastError();
 }

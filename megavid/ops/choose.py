@@ -25,7 +25,8 @@ TOLERANCE = {torch.float32: 2.0**-14, torch.bfloat16: 2.0**-5}
 """Norm of the gap over the norm of plain torch's numbers: several times what another order of sums makes of it."""
 TOKENS = {"cpu": 45, "cuda": 4099}
 """Of the trial: on a GPU more than its multiprocessors take at once."""
-WIDTH, ROWS, HEAD, EXPERTS = 96, 3, 24, 6
+WIDTH, ROWS, HEAD, EXPERTS = 408, 3, 24, 6
+"""Numbers of a token more than threads of a block."""
 
 logger = logging.getLogger(__name__)
 Case = tuple[str, Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]
@@ -57,9 +58,15 @@ def block_ops(choice: Choice, device: torch.device, dtype: torch.dtype) -> Block
 
 @lru_cache
 def disagreement(device: torch.device, dtype: torch.dtype) -> str:
-    """Which compiled op computes something else than plain torch here, in one line; "" where all agree."""
+    """Which compiled op fails here or computes something else than plain torch, in one line; "" where all agree."""
     for name, plain, compiled, given in _cases(device, dtype):
-        for found, wanted in zip(_numbers(compiled, given), _numbers(plain, given), strict=True):
+        try:
+            numbers = _numbers(compiled, given)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # for example, no kernel was compiled for this GPU
+            return f"{name} does not run on {device}: {' '.join(str(error).split())[:160]}"
+        for found, wanted in zip(numbers, _numbers(plain, given), strict=True):
             gap = float((found - wanted).norm() / wanted.norm().clamp_min(1e-6))
             if not gap <= TOLERANCE[dtype]:
                 return f"{name} is off by {gap:.2g} of plain torch's numbers on {device} in {dtype}"

@@ -73,3 +73,13 @@ def test_no_number_passes_as_agreement(monkeypatch: pytest.MonkeyPatch, part: st
 def test_plain_torch_is_taken_unasked() -> None:
     assert choose.block_ops("reference", CPU, torch.float32) is REFERENCE
     assert choose.disagreement.cache_info().currsize == 0
+
+
+def test_an_op_that_does_not_run_is_named_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(x_TBn: Tensor) -> Tensor:
+        raise RuntimeError("sum_of_squares: no kernel image is available\nfor execution on the device")
+
+    monkeypatch.setattr(choose, "COMPILED", replace(COMPILED, sum_of_squares=refuses))
+    assert choose.block_ops("auto", CPU, torch.float32) is REFERENCE
+    with pytest.raises(ConfigError, match=r"sum_of_squares does not run on cpu: .* available for execution .*; set"):
+        choose.block_ops("compiled", CPU, torch.float32)
