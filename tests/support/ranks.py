@@ -170,6 +170,7 @@ def _serve_forks(asks: int, folder: Path, parent: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a rank ended
     gc.freeze()
+    gc.enable()  # off while tests are collected, which is when this process begins
     while os.read(asks, 1):
         for rank in range(SIZE):
             if os.fork() == 0:

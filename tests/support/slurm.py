@@ -268,7 +268,7 @@ class SlurmCluster:
         A moment later than its end: nodes refuse a start whose credential is of the second in which they ended the job.
         """
         self.wait_state(job, "PENDING", timeout_s=timeout_s)
-        time.sleep(3)
+        time.sleep(1.5)
         deadline = time.monotonic() + timeout_s
         while self.job(job)["JobState"] == "PENDING":
             assert time.monotonic() < deadline, f"job {job} does not start: {self.job(job)}"
