@@ -14,7 +14,7 @@ from megavid.ops.choose import block_ops
 from megavid.ops.compiled import why_not_compiled
 
 CPU = torch.device("cpu")
-SIZES = [(1, 1, 8), (7, 3, 34), (200, 4, 96), (130, 130, 18), (0, 2, 16)]
+SIZES = [(1, 1, 8), (7, 3, 34), (200, 4, 96), (130, 130, 18), (70, 3, 300), (0, 2, 16)]
 """Tokens, rows of the tables, width."""
 HEAD = 2  # numbers of a head that every width of SIZES is a multiple of
 

@@ -11,7 +11,7 @@ from megavid.ops import expert_activation, moe_permute, router_topk
 from megavid.ops.compiled import why_not_compiled
 from tests.unit.test_ops_compiled import gradients, in_threads, outputs, same, widened
 
-SIZES = [(1, 1, 8), (7, 3, 34), (200, 8, 96), (130, 12, 18), (0, 2, 16)]
+SIZES = [(1, 1, 8), (7, 3, 34), (200, 8, 96), (130, 12, 18), (600, 4, 300), (0, 2, 16)]
 """Tokens, experts, width."""
 ALIGNMENT = 16
 OPS = ["gelu", "gelu, bias", "swiglu", "swiglu, biases", "permute", "permute, aligned", "unpermute"]

@@ -1,3 +1,4 @@
+#undef _FORTIFY_SOURCE  // it takes a jump to another stack for damage
 #include "emulator.h"
 
 #include <setjmp.h>
@@ -24,6 +25,7 @@ namespace {
 
 constexpr size_t kStack = 64 * 1024;
 constexpr unsigned kWarp = 32;
+constexpr size_t kGuard = 64;  // bytes behind the memory of a block
 
 enum class Waits { kNo, kBlock, kWarp, kForEver };
 
@@ -46,8 +48,9 @@ Fiber* running = nullptr;
 void (*call)(const void*);
 const void* body;
 std::string failure;
+size_t most_shared = 48 << 10;
 std::mutex one_launch;
-std::mt19937 dice{20};
+std::minstd_rand dice{20};
 
 // To where another stack left off. Not swapcontext: that asks the kernel about signals each time.
 void jump(jmp_buf& from, jmp_buf& to) {
@@ -144,22 +147,35 @@ std::string release(unsigned count) {
   return "";
 }
 
+// What a device says of a launch before it begins.
+std::string refused(dim3 blocks, dim3 threads, size_t shared) {
+  const auto count = [](dim3 of) { return uint64_t{of.x} * of.y * of.z; };
+  if (count(blocks) == 0 || count(threads) == 0) return "a launch of nothing";
+  if (blocks.x > 0x7fffffffu || blocks.y > 65535 || blocks.z > 65535) return "too many blocks";
+  if (count(threads) > 1024) return "too many threads for a block";
+  if (shared > most_shared) return "more memory of the block than the kernel has asked for";
+  return "";
+}
+
 // One warp at a time, drawn anew after each barrier, so that one may be far ahead of another.
 void run_block(dim3 threads) {
   const unsigned count = threads.x * threads.y * threads.z;
   for (unsigned i = 0; i < count; ++i) begin(fibers[i], i, threads);
-  std::vector<unsigned> order(count);
+  std::vector<unsigned> warps, lanes;
   while (failure.empty()) {
-    order.clear();
+    warps.clear();
     for (unsigned i = 0; i < count; ++i) {
-      if (fibers[i].waits == Waits::kNo) order.push_back(i);
+      const bool is_known = !warps.empty() && warps.back() == i / kWarp;
+      if (fibers[i].waits == Waits::kNo && !is_known) warps.push_back(i / kWarp);
     }
-    if (order.empty()) return;
-    const unsigned warp = order[dice() % order.size()] / kWarp;
-    std::shuffle(order.begin(), order.end(), dice);
-    for (unsigned number : order) {
-      if (number / kWarp == warp) go_on(fibers[number]);
+    if (warps.empty()) return;
+    const unsigned warp = warps[dice() % warps.size()];
+    lanes.clear();
+    for (unsigned i = warp * kWarp; i < std::min((warp + 1) * kWarp, count); ++i) {
+      if (fibers[i].waits == Waits::kNo) lanes.push_back(i);
     }
+    std::shuffle(lanes.begin(), lanes.end(), dice);
+    for (unsigned lane : lanes) go_on(fibers[lane]);
     if (failure.empty()) failure = release(count);
   }
 }
@@ -172,15 +188,20 @@ void* shared_memory() { return dynamic_memory.data(); }
 
 unsigned lane() { return static_cast<unsigned>(running - fibers.data()) % kWarp; }
 
+void allow_shared(size_t bytes) { most_shared = bytes; }
+
 void block_barrier(int line) { wait(Waits::kBlock, line, 0); }
 
-void warp_barrier(int line, unsigned mask) { wait(Waits::kWarp, line, mask); }
+void warp_barrier(int line, unsigned mask) {
+  if (mask != 0xffffffffu) fail("a part of a warp: the emulator knows whole ones");
+  wait(Waits::kWarp, line, mask);
+}
 
 const uint32_t* exchange(int line, unsigned mask, uint32_t own) {
   // Two places in turn: a lane that is ahead does not write over what others have still to read.
   const unsigned turn = running->exchanges++ % 2;
   running->given[turn] = own;
-  wait(Waits::kWarp, line, mask);
+  warp_barrier(line, mask);
   static uint32_t all[kWarp];  // read before the next fiber runs
   const size_t first = (running - fibers.data()) / kWarp * kWarp;
   for (size_t i = 0; i < kWarp && first + i < fibers.size(); ++i) all[i] = fibers[first + i].given[turn];
@@ -189,6 +210,7 @@ const uint32_t* exchange(int line, unsigned mask, uint32_t own) {
 
 void launch_body(void (*given_call)(const void*), const void* given_body, dim3 blocks, dim3 threads, size_t shared) {
   const std::lock_guard<std::mutex> lock(one_launch);
+  if (failure.empty()) failure = refused(blocks, threads, shared);  // nothing runs behind one that failed
   call = given_call;
   body = given_body;
   const unsigned count = threads.x * threads.y * threads.z;
@@ -199,9 +221,11 @@ void launch_body(void (*given_call)(const void*), const void* given_body, dim3 b
   for (unsigned number : order) {
     if (!failure.empty()) break;
     block_index = dim3(number % blocks.x, number / blocks.x % blocks.y, number / blocks.x / blocks.y);
-    dynamic_memory.assign(shared, static_cast<char>(0xff));
+    dynamic_memory.assign(shared + kGuard, static_cast<char>(0xff));
     if (__start_block_shared != nullptr) std::fill(__start_block_shared, __stop_block_shared, static_cast<char>(0xff));
     run_block(threads);
+    const bool is_whole = std::all_of(dynamic_memory.end() - kGuard, dynamic_memory.end(), [](char c) { return c == static_cast<char>(0xff); });
+    if (failure.empty() && !is_whole) failure = "a write beyond the memory of the block";
   }
   if (!failure.empty()) fibers.clear();  // they stand anywhere
 }

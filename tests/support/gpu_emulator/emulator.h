@@ -27,6 +27,7 @@ void launch(const Body& body, dim3 blocks, dim3 threads, size_t shared, cudaStre
 
 // Memory of the block beyond what kernels declare.
 void* shared_memory();
+void allow_shared(size_t bytes);
 void block_barrier(int line);
 void warp_barrier(int line, unsigned mask);
 // Every lane's value, after all lanes of the mask have given theirs; valid until the next exchange but one.
@@ -54,6 +55,16 @@ inline int largest(int line, unsigned mask, int value) {
 }
 
 }  // namespace emulator
+
+// Of kernels, only how much memory of a block they may be given.
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
+  if (bytes > 227 << 10) return cudaErrorAssert;
+  emulator::allow_shared(static_cast<size_t>(bytes));
+  return cudaSuccess;
+}
 
 #define __global__
 #define __device__

@@ -53,6 +53,13 @@ __global__ void warp_that_parts(const float* x, float* out) {
   out[blockIdx.x] = __shfl_xor_sync(0xffffffffu, x[0], 1);
 }
 
+__global__ void writes_beyond(const float* x, float* out) {
+  extern __shared__ float parts[];
+  if (threadIdx.x < 3) parts[threadIdx.x] = x[0];
+  __syncthreads();
+  out[blockIdx.x] = parts[0];
+}
+
 __global__ void refuses(const float* x, float* out) {
   assert(x[0] < 0.0f);
   out[blockIdx.x] = x[0];
@@ -70,6 +77,11 @@ extern "C" const char* run(const char* name, const float* x, float* out, unsigne
   if (kernel == "shuffle after some left") shuffle_after_some_left<<<blocks, 64, 0, stream>>>(x, out);
   if (kernel == "barriers in both branches") barriers_in_both_branches<<<blocks, 64, 0, stream>>>(x, out);
   if (kernel == "warp that parts") warp_that_parts<<<blocks, 64, 0, stream>>>(x, out);
+  if (kernel == "writes beyond") writes_beyond<<<blocks, 64, 2 * sizeof(float), stream>>>(x, out);
+  if (kernel == "no blocks") refuses<<<0, 64, 0, stream>>>(x, out);
+  if (kernel == "tall grid") refuses<<<dim3(1, 70000), 64, 0, stream>>>(x, out);
+  if (kernel == "wide block") refuses<<<blocks, 2048, 0, stream>>>(x, out);
+  if (kernel == "much memory") refuses<<<blocks, 64, 50000, stream>>>(x, out);
   if (kernel == "refuses") refuses<<<blocks, 64, 0, stream>>>(x, out);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
