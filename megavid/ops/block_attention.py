@@ -69,6 +69,7 @@ CAPABILITIES: dict[tuple[str, str], Capability] = {
     ("aten", "meta"): Capability((torch.float64, torch.float32, *HALF)),
 }
 """By backend and device."""
+KEY = "set parallel.attention_backend to one of"
 
 
 def check_capability(backend: str, device: str, dtype: torch.dtype, head_size: int) -> None:
@@ -77,12 +78,10 @@ def check_capability(backend: str, device: str, dtype: torch.dtype, head_size: i
     Raises:
         ConfigError: naming what the backend lacks and what has it.
     """
-    known, key = sorted({name for name, _ in CAPABILITIES}), "set parallel.attention_backend to one of"
+    known = sorted({name for name, _ in CAPABILITIES})
     if backend not in known:
-        raise ConfigError(f"attention backend '{backend}' is unknown; {key} {', '.join(known)}")
-    capability = CAPABILITIES.get((backend, device))
-    others = [name for (name, kind), c in CAPABILITIES.items() if kind == device and _can(c, dtype, head_size)]
-    way_out = f"{key} {', '.join(others)}" if others else "no backend has it"
+        raise ConfigError(f"attention backend '{backend}' is unknown; {KEY} {', '.join(known)}")
+    capability, way_out = CAPABILITIES.get((backend, device)), way_out_of(device, dtype, head_size)
     if capability is None:
         raise ConfigError(f"attention backend '{backend}' does not run on {device}; {way_out}")
     if dtype not in capability.dtypes:
@@ -94,6 +93,32 @@ def check_capability(backend: str, device: str, dtype: torch.dtype, head_size: i
             f"attention backend '{backend}' on {device} takes heads whose width is a multiple of "
             f"{capability.head_multiple}{widest}, got {head_size}; change model.num_heads, or {way_out}"
         )
+
+
+def check_generation(backend: str, found: tuple[int, int], dtype: torch.dtype, head_size: int) -> None:
+    """Refuse a backend that is not built for GPUs of this compute capability.
+
+    Raises:
+        ConfigError: naming what it is built for, and what runs here.
+    """
+    wanted = CAPABILITIES[backend, "cuda"].compute_capability
+    if wanted not in (None, found):
+        raise ConfigError(
+            f"attention backend '{backend}' runs on GPUs of compute capability {'.'.join(map(str, wanted))}, this one "
+            f"has {'.'.join(map(str, found))}; {way_out_of('cuda', dtype, head_size, found)}"
+        )
+
+
+def way_out_of(device: str, dtype: torch.dtype, head_size: int, generation: tuple[int, int] | None = None) -> str:
+    """What to set: the backends that can do this there; without a ``generation`` those of any."""
+    able = [
+        name
+        for (name, kind), each in CAPABILITIES.items()
+        if kind == device
+        and _can(each, dtype, head_size)
+        and (generation is None or each.compute_capability in (None, generation))
+    ]
+    return f"{KEY} {', '.join(able)}" if able else "no backend has it"
 
 
 def _can(capability: Capability, dtype: torch.dtype, head_size: int) -> bool:

@@ -12,8 +12,43 @@ import torch
 from flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 from torch import Tensor
 
+from megavid.errors import ConfigError
 from megavid.ops.block_attention import BlockGradients
 from megavid.ops.fp8 import Quantized
+
+PASSED: dict[str, tuple[str, ...]] = {
+    "_flash_attn_forward": ("q", "k", "v", "q_descale", "k_descale", "v_descale", "softmax_scale", "causal"),
+    "_flash_attn_backward": (
+        *("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"),
+        *("softmax_scale", "is_causal", "deterministic"),
+    ),
+}
+"""What is passed to each of the package's operators; the rest must have defaults."""
+
+
+def check_interface() -> None:
+    """Refuse a version that cannot be called as here, before anything is computed.
+
+    Raises:
+        ConfigError: its calls are no operators, lack an argument, or want one more.
+    """
+    for name, passed in PASSED.items():
+        operator = getattr(torch.ops.flash_attn_3, name, None)
+        if operator is None:
+            found = f"has no operator flash_attn_3::{name}"
+        else:
+            arguments = operator.default._schema.arguments
+            lacks = [each for each in passed if each not in {argument.name for argument in arguments}]
+            wants = [each.name for each in arguments if not each.has_default_value() and each.name not in passed]
+            if not lacks and not wants:
+                continue
+            kinds = {"has no argument": lacks, "wants": wants}
+            words = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+            found = f"has an operator {name} that {' and '.join(words)}"
+        raise ConfigError(
+            f"attention backend 'flash_attn_3': the FlashAttention-3 that is installed {found}; install 3.0.0, or set "
+            "parallel.attention_backend = 'aten'"
+        )
 
 
 class FlashAttn3:

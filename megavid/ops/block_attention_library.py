@@ -9,7 +9,13 @@ from importlib.util import find_spec
 import torch
 
 from megavid.errors import ConfigError
-from megavid.ops.block_attention import CAPABILITIES, BlockAttention, ReferenceAttention, check_capability
+from megavid.ops.block_attention import (
+    CAPABILITIES,
+    BlockAttention,
+    ReferenceAttention,
+    check_capability,
+    check_generation,
+)
 from megavid.ops.block_attention_aten import CpuFlash, CudaAten, CudaCudnn
 
 NEEDS = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface"}
@@ -29,21 +35,14 @@ def block_attention(name: str, device: torch.device, dtype: torch.dtype, head_si
         ConfigError: unknown, not installed, or not able.
     """
     kernel = _block_attention(name, device.type, dtype, head_size)
-    _check_generation(name, device)
+    if device.type == "cuda":
+        check_generation(name, _generation(device), dtype, head_size)
     return kernel
 
 
 @lru_cache
-def _check_generation(name: str, device: torch.device) -> None:
-    wanted = CAPABILITIES[name, device.type].compute_capability
-    if wanted is None:
-        return
-    found = torch.cuda.get_device_capability(device)
-    if found != wanted:
-        raise ConfigError(
-            f"attention backend '{name}' runs on GPUs of compute capability {'.'.join(map(str, wanted))}, {device} has "
-            f"{'.'.join(map(str, found))}; set parallel.attention_backend = 'aten'"
-        )
+def _generation(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache
@@ -56,14 +55,25 @@ def _block_attention(name: str, device: str, dtype: torch.dtype, head_size: int)
             return CudaAten() if device == "cuda" else CpuFlash()
         case "cudnn":
             return CudaCudnn()
-        case "flash_attn":
-            from megavid.ops.block_attention_flash import FlashAttn  # the package starts CUDA when it is imported
-
-            return FlashAttn()
-        case "flash_attn_3":
-            from megavid.ops.block_attention_flash3 import FlashAttn3  # likewise
-
-            return FlashAttn3()
         case "reference":
             return ReferenceAttention()
-    raise AssertionError(name)
+    try:
+        return _of_package(name)
+    except (ImportError, OSError) as error:  # built for another torch, or for another CUDA
+        raise ConfigError(
+            f"attention backend '{name}': the package {NEEDS[name]} is there and cannot be imported "
+            f"({' '.join(str(error).split())[:160]}); install a build for torch {torch.__version__}, or set 'aten'"
+        ) from error
+
+
+def _of_package(name: str) -> BlockAttention:
+    """A backend whose package starts CUDA when it is imported."""
+    if name == "flash_attn":
+        from megavid.ops.block_attention_flash import FlashAttn
+
+        return FlashAttn()
+    assert name == "flash_attn_3", name
+    from megavid.ops.block_attention_flash3 import FlashAttn3, check_interface
+
+    check_interface()
+    return FlashAttn3()

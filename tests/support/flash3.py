@@ -1,4 +1,5 @@
-"""A stand-in for FlashAttention-3's module on a CPU: its signatures, its checks of what it is given, its formats.
+"""A stand-in for FlashAttention-3's module on a CPU: operators that take the keywords that are passed, the checks on
+them, its formats.
 
 Owns no numerics but that weights of the values are rounded to e4m3 in FP8, as the package does.
 
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from megavid.ops.block_attention import ReferenceAttention
 from megavid.ops.fp8 import E4M3
 
 MODULE, BACKEND = "flash_attn_interface", "megavid.ops.block_attention_flash3"
+OPERATORS = "stand_in_for_flash_attn_3"
+"""Namespace of the operators, which the package's stands for."""
 MAX_OFFSET = 2.0**8
 """What the largest weight of a row is multiplied by before it is rounded."""
 
@@ -89,8 +93,8 @@ class Stand:
             wide_v = wide_v * scales[2]
         out = weights @ wide_v.repeat_interleave(shared, 1) / total
         lse = (top + total.log()).squeeze(-1)
-        empty = torch.empty(0)
-        return out.transpose(1, 2).contiguous().to(torch.bfloat16 if is_fp8 else q.dtype), lse, empty, empty
+        told = out.transpose(1, 2).contiguous().to(torch.bfloat16 if is_fp8 else q.dtype)
+        return told, lse, torch.empty(0), torch.empty(0)
 
     def backward(
         self,
@@ -123,21 +127,48 @@ class Stand:
             assert given is not None
             check(given.is_contiguous() and given.shape == gradient.transpose(1, 2).shape, "gradients")
             given.copy_(gradient.transpose(1, 2))
-        return softmax_lse
+        return torch.empty(0)
+
+
+class OldStand(Stand):
+    """A version whose forward pass has no defaults."""
+
+    def forward(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, k_new: Tensor | None, qv: Tensor | None, softmax_scale: float
+    ) -> Tensor:
+        """Never called."""
+        raise AssertionError
 
 
 @contextmanager
-def stand_in() -> Iterator[tuple[Any, Stand]]:
+def operators_of(stand: Stand) -> Iterator[Any]:
+    """The calls of ``stand`` as torch operators in the package's namespace."""
+    library = torch.library.Library(OPERATORS, "FRAGMENT")
+    try:
+        for name, call, mutated in (("forward", stand.forward, ()), ("backward", stand.backward, ("dq", "dk", "dv"))):
+            library.define(f"_flash_attn_{name}{torch.library.infer_schema(call, mutates_args=mutated)}")
+            library.impl(f"_flash_attn_{name}", call, "CPU")
+        operators = getattr(torch.ops, OPERATORS)
+        with patch.object(torch.ops, "flash_attn_3", operators):
+            yield operators
+    finally:
+        library._destroy()
+
+
+@contextmanager
+def stand_in(stand: Stand | None = None) -> Iterator[tuple[Any, Stand]]:
     """``FlashAttn3`` over the stand-in, whether the package is there or not, and the stand-in."""
-    stand, module = Stand(), ModuleType(MODULE)
+    stand, module = stand or Stand(), ModuleType(MODULE)
     module.__spec__ = ModuleSpec(MODULE, None)
-    vars(module).update(_flash_attn_forward=stand.forward, _flash_attn_backward=stand.backward)
     before = {name: sys.modules.pop(name, None) for name in (MODULE, BACKEND)}
     sys.modules[MODULE] = module
     try:
-        from megavid.ops.block_attention_flash3 import FlashAttn3
+        with operators_of(stand) as operators:
+            for name in ("_flash_attn_forward", "_flash_attn_backward"):
+                setattr(module, name, getattr(operators, name))
+            from megavid.ops.block_attention_flash3 import FlashAttn3
 
-        yield FlashAttn3(), stand
+            yield FlashAttn3(), stand
     finally:
         for name, was in before.items():
             sys.modules.pop(name, None)

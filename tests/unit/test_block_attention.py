@@ -1,6 +1,9 @@
 """Block attention: every kernel of this machine against the slow twin, and refusals that name what a backend lacks."""
 
+import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from megavid.ops import block_attention_library
 from megavid.ops.block_attention import CAPABILITIES, BlockAttention, ReferenceAttention, check_capability
 from megavid.ops.block_attention_aten import CudaCudnn, CudaFlash
 from megavid.ops.block_attention_library import block_attention
-from tests.support.flash3 import stand_in
+from tests.support.flash3 import BACKEND, MODULE, OldStand, Stand, stand_in
 
 SHAPES = {
     "mha": ((2, 4, 9, 8), (2, 4, 9, 8)),
@@ -97,19 +100,84 @@ def test_a_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_flash_attention_3_is_of_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where its module is there: it is not asked to run what it cannot."""
-    device, words = (
-        torch.device("cuda", 0),
-        r"capability 9\.0, cuda:0 has 10\.0; set parallel\.attention_backend = 'aten'",
+    words = (
+        r"capability 9\.0, this one has 10\.0; set parallel\.attention_backend to one of aten, cudnn, flash_attn, ref"
     )
     with stand_in():
         for generation in ((10, 0), (9, 0)):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=generation: found)
-            block_attention_library._check_generation.cache_clear()
+            block_attention_library._generation.cache_clear()
             refused = pytest.raises(ConfigError, match=words) if generation == (10, 0) else nullcontext()
             with refused:
-                kernel = block_attention("flash_attn_3", device, torch.bfloat16, 128)
+                kernel = flash_attention_3()
         assert type(kernel).__name__ == "FlashAttn3"
-    block_attention_library._check_generation.cache_clear()
+
+
+def flash_attention_3() -> BlockAttention:
+    return block_attention("flash_attn_3", torch.device("cuda", 0), torch.bfloat16, 128)
+
+
+class Renamed(Stand):
+    """A version whose backward pass has other words for what it is told."""
+
+    def backward(  # type: ignore[override]
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor | None = None,
+        dk: Tensor | None = None,
+        dv: Tensor | None = None,
+        softmax_scale: float | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("stand", "words"),
+    [
+        (
+            OldStand(),
+            "_flash_attn_forward that has no argument q_descale, k_descale, v_descale, causal and wants k_new,",
+        ),
+        (Renamed(), "_flash_attn_backward that has no argument softmax_lse, deterministic and wants lse; install"),
+    ],
+)
+def test_a_flash_attention_3_that_is_called_otherwise_is_refused(
+    stand: Stand, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with stand_in(stand), pytest.raises(ConfigError, match=words):
+        flash_attention_3()
+
+
+def test_a_flash_attention_3_without_operators_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with stand_in():
+        monkeypatch.setattr(torch.ops, "flash_attn_3", SimpleNamespace())
+        with pytest.raises(ConfigError, match="no operator flash_attn_3::_flash_attn_forward; install"):
+            flash_attention_3()
+
+
+def test_a_package_that_cannot_be_imported_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_in():
+        monkeypatch.delitem(sys.modules, BACKEND)
+        monkeypatch.delattr(sys.modules[MODULE], "_flash_attn_forward")
+        with pytest.raises(
+            ConfigError, match=r"is there and cannot be imported \(cannot import name '_flash_attn_f"
+        ) as told:
+            flash_attention_3()
+        assert "\n" not in str(told.value)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered() -> Iterator[None]:
+    yield
+    block_attention_library._generation.cache_clear()
     block_attention_library._block_attention.cache_clear()
 
 
