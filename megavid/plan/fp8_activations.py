@@ -85,9 +85,16 @@ def eight_bit_temporaries(model: ModelConfig, shapes: Shapes, *, is_moe: bool, i
 
 
 def _attention_temporaries(model: ModelConfig, shapes: Shapes) -> float:
-    """Of its backward pass: queries, keys and values in eight bits and turned back, and one on its way there."""
+    """Of its backward pass: queries, keys and values in eight bits and turned back, and one on its way there.
+
+    Keys and values are those of one rectangle of a clip that fills its pack: under all-gather those of all ranks, whose
+    gradients in fp32 come after them (``activations.context_parallel_bytes`` has those).
+    """
     on_its_way = WIDE + (shapes.narrow if shapes.narrow < WIDE else 0)
-    return shapes.span * model.hidden_size / shapes.tp * (3 * (1 + shapes.narrow) + on_its_way)
+    queries, keys = shapes.span, shapes.span * shapes.rectangle
+    numbers = (queries + 2 * keys) * (1 + shapes.narrow) + keys * on_its_way
+    later = 2 * keys * WIDE if shapes.rectangle > 1 else 0
+    return (numbers - later) * model.hidden_size / shapes.tp
 
 
 def _temporaries(shapes: Shapes, layer: Layer) -> float:

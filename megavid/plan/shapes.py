@@ -27,6 +27,7 @@ class Shapes:
         etp: expert-tensor ranks.
         ulysses: ranks that exchange tokens for heads.
         ring: ranks that keys and values travel between.
+        rectangle: ranks whose keys and values are in one rectangle at once: the ring's under all-gather, else 1.
         narrow: bytes of an activation.
         has_copies: activations are not fp32, so that what is computed in fp32 is a copy.
         local_experts: experts of a layer that this rank has.
@@ -44,6 +45,7 @@ class Shapes:
     etp: int
     ulysses: int
     ring: int
+    rectangle: int
     narrow: int
     has_copies: bool
     local_experts: int
@@ -65,6 +67,7 @@ class Shapes:
             etp=layout.etp,
             ulysses=layout.context_plan.ulysses,
             ring=layout.context_plan.ring,
+            rectangle=layout.context_plan.ring if layout.context_plan.kind == "allgather" else 1,
             narrow=2 if is_bf16 else WIDE,
             has_copies=is_bf16,
             local_experts=config.model.moe.num_experts // layout.ep,

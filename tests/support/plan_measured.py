@@ -29,7 +29,13 @@ from megavid.ops.packs import Clip, Pack, clip_index
 from megavid.parallel.context.ring import Task
 from megavid.parallel.engine import Engine
 from megavid.parallel.mesh import Mesh
-from megavid.plan.activations import activation_bytes, dispatcher_bytes, in_flight, working_bytes
+from megavid.plan.activations import (
+    activation_bytes,
+    context_parallel_bytes,
+    dispatcher_bytes,
+    in_flight,
+    working_bytes,
+)
 from megavid.plan.buffers import buckets_of_rank, chunk_parameters
 from megavid.plan.flops import Flops, forward_flops, recompute_flops
 from megavid.plan.layout import layout_of
@@ -312,6 +318,7 @@ def peak(case: Case) -> dict[str, Any]:
         "saved": sum(activation_bytes(config, layout, 0, workload).values()),
         "working": working_bytes(config, layout, 0, workload),
         "dispatcher": dispatcher_bytes(config, layout, 0, workload),
+        "context": context_parallel_bytes(config, layout, workload),
     }
     return {"peak": live.peak, "planned": planned}
 
