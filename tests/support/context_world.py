@@ -38,6 +38,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     kv_grad_dtype: torch.dtype = torch.float32
     is_sleepy: bool = False
+    head_size: int = HEAD_SIZE
 
     @property
     def name(self) -> str:
@@ -117,7 +118,7 @@ def draw(case: Case) -> Tensors:
     generator = torch.Generator().manual_seed(7)
 
     def tensor(count: int) -> Tensor:
-        shape = (plans[0].num_tokens, len(plans), count, HEAD_SIZE)
+        shape = (plans[0].num_tokens, len(plans), count, case.head_size)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
 
     inputs = (tensor(heads), tensor(kv_heads), tensor(kv_heads))
