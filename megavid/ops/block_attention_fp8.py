@@ -5,7 +5,9 @@ batch row and key head of a rectangle has one scale for its queries, one for its
 never reaches over clips or heads, so that neither tensor-parallel nor all-to-all ranks move it. Forward: of the rounded
 numbers, from their bytes where the kernel takes those, and else turned back to wide ones. Backward: the wide kernel's,
 of the numbers turned back, which are rounded again from the same wide tensors in the same rectangles instead of being
-kept. So it is the gradient of attention at the rounded operands, handed on to the wide ones as it is.
+kept. So it is the gradient of attention at the rounded operands, handed on to the wide ones as it is: exactly where the
+forward pass turned them back. A kernel in eight bits has rounded the weights in its output besides, of which the wide
+backward pass knows nothing; that adds a multiple of the mean key to the gradient of each query.
 """
 
 import logging

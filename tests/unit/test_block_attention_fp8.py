@@ -191,6 +191,30 @@ def test_flash_attention_3_is_given_bytes_and_scales(flash3: tuple[Any, Stand], 
     assert stand.calls == ["fp8", "backward"]
 
 
+def test_weights_in_eight_bits_move_the_gradient_of_queries_along_the_mean_key(flash3: tuple[Any, Stand]) -> None:
+    """Its weights are exact and its output is of rounded ones, so that rows of the scores' gradient have a sum. Across
+    that key, and in keys' and values' gradients, little is left."""
+    generator = torch.Generator().manual_seed(9)
+    sizes = ((40, 4), (40, 4), (300, 2), (300, 2))
+    grad, *inputs = (
+        torch.randn(tokens, 2, heads, 32, generator=generator).permute(1, 2, 0, 3) for tokens, heads in sizes
+    )
+    inputs[1] = inputs[1] + torch.randn(2, 2, 1, 32, generator=generator)
+    grad, *inputs = (x.to(torch.bfloat16) for x in (grad, *inputs))
+    attention = Fp8Attention(flash3[0], Fp8AttentionRounding("layer", REFERENCE_FP8), is_in_eight_bits=True)
+    gradients = attention.backward(grad, *inputs, *attention.forward(*inputs))
+    q, k, v = (dequantize(quantize_heads(x, 2, E4M3)) for x in inputs)
+    truths = ReferenceAttention().backward(grad.float(), q, k, v, *ReferenceAttention().forward(q, k, v))
+    offs = [got.float() - truth for got, truth in zip(gradients, truths)]
+    errors = [float(off.norm() / truth.norm()) for off, truth in zip(offs, truths)]
+    mean = k.mean(2, keepdim=True).repeat_interleave(2, 1)
+    mean = mean / mean.norm(dim=-1, keepdim=True)
+    across = offs[0] - (offs[0] * mean).sum(-1, keepdim=True) * mean
+    assert 0.015 < errors[0] < 0.05
+    assert float(across.norm() / truths[0].norm()) < 0.01
+    assert max(errors[1:]) < 0.01
+
+
 @pytest.mark.parametrize("place", range(3))
 def test_what_is_not_finite_stays_so_in_bytes(flash3: tuple[Any, Stand], place: int) -> None:
     _, *inputs = draw("gqa", torch.bfloat16)
