@@ -154,15 +154,17 @@ def agrees(kernel: Fp8Kernel, device: torch.device, head_size: int) -> bool:
 def example(device: torch.device, head_size: int) -> list[Quantized]:
     """Queries, keys and values whose heads and packs have scales of many magnitudes, tokens first in memory.
 
-    What a query's head is larger its keys are smaller, so that scores stay moderate; values do not cancel.
+    What a query's head is larger its keys are smaller, so that scores stay moderate, and not by as much, so that no two
+    heads or packs have the same product of scales; values do not cancel.
     """
     packs, heads, kv_heads, queries, keys = TRIAL_SHAPE
     generator = torch.Generator().manual_seed(0)
     scores, values = (2.0 ** torch.randint(-6, 7, (packs, kv_heads, 1, 1), generator=generator) for _ in range(2))
+    spread = 2.0 ** torch.arange(-1, packs * kv_heads - 1).view(packs, kv_heads, 1, 1)
 
     def normal(tokens: int, count: int) -> Tensor:
         return torch.randn(tokens, packs, count, head_size, generator=generator).permute(1, 2, 0, 3)
 
     q = normal(queries, heads) * scores.repeat_interleave(heads // kv_heads, 1)
-    k, v = normal(keys, kv_heads) / scores, (1.0 + normal(keys, kv_heads) / 2) * values
+    k, v = normal(keys, kv_heads) * spread / scores, (1.0 + normal(keys, kv_heads) / 2) * values
     return [quantize_heads(x.to(device, torch.bfloat16), kv_heads, E4M3) for x in (q, k, v)]

@@ -252,6 +252,21 @@ def swapped(kernel: Any) -> Any:
     return Swapped()
 
 
+def first_alone(kernel: Any) -> Any:
+    """A kernel that reads the scales of the first head for all, of queries and of keys."""
+
+    class FirstAlone:
+        fp8_head_multiple = 16
+        forward, backward = kernel.forward, kernel.backward
+
+        def forward_fp8(self, q: Quantized, k: Quantized, v: Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            q, k = (x._replace(scale=x.scale[:, :1].expand_as(x.scale)) for x in (q, k))
+            found: tuple[Tensor, Tensor] = kernel.forward_fp8(q, k, v, dtype)
+            return found
+
+    return FirstAlone()
+
+
 def broken(kernel: Any) -> Any:
     """A kernel of a build without FP8."""
 
@@ -266,7 +281,12 @@ def broken(kernel: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"), [(swapped, "differs from its twin on cpu"), (broken, "build does not support FP8")]
+    ("make", "words"),
+    [
+        (swapped, "differs from its twin on cpu"),
+        (first_alone, "differs from its twin on cpu"),
+        (broken, "build does not support FP8"),
+    ],
 )
 def test_a_kernel_that_is_wrong_is_turned_back(
     flash3: tuple[Any, Stand], make: Any, words: str, caplog: pytest.LogCaptureFixture
