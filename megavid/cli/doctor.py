@@ -27,13 +27,16 @@ _BROKEN = (ImportError, RuntimeError, OSError, AttributeError, NameError, TypeEr
 """What importing a package that does not fit this machine raises; TE without CUDA, a RuntimeError."""
 
 
+State = Literal["on", "off", "warn", "missing"]
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One row of the report."""
 
     name: str
     """What was looked for."""
-    state: Literal["on", "off", "warn", "missing"]
+    state: State
     """``off`` is fine (optional), ``missing`` is not (required), ``warn`` works but not as meant."""
     found: str
     """What was found."""
@@ -78,8 +81,12 @@ def why_not(module: str) -> str:
         with warnings.catch_warnings(action="ignore"):  # megatron-core says what it lacks; so do the rows below
             importlib.import_module(module)
     except _BROKEN as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return f"{type(error).__name__}: {_line(error)}"
     return ""
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _python() -> Finding:
@@ -229,7 +236,10 @@ def _fp8() -> Finding:
     is_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
     recipes: tuple[RecipeName, ...] = ("tensorwise", "delayed", "blockwise", "mxfp8")
-    taken = [recipe for recipe in recipes if multiplies_in_eight_bits(Recipe.of(recipe, "auto"), device)]
+    try:
+        taken = [recipe for recipe in recipes if multiplies_in_eight_bits(Recipe.of(recipe, "auto"), device)]
+    except _BROKEN as error:  # no memory left, or a GPU that answers no more
+        return Finding(name, "warn", f"{type(error).__name__}: {_line(error)}", "nobody knows; try on a free GPU")
     if not taken:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         found = f"the GPU's compute capability {capability} has no product in FP8, which begin with 8.9"
@@ -255,14 +265,18 @@ def _attention() -> Finding:
     if not packages:
         effect = f"parallel.attention_backend: {torchs}; attention in FP8 is turned back to wide numbers"
         return Finding(name, "off", "neither flash-attn nor FlashAttention-3 is installed", effect)
-    effect = f"parallel.attention_backend takes {', '.join(map(repr, packages))}; {torchs}"
+    found, told = ", ".join(NEEDS[package] for package in packages), list[str]()
+    state: State = "on"
     if "flash_attn_3" in packages:
-        effect += "; " + _flash_attention_3()
-    return Finding(name, "on", ", ".join(NEEDS[package] for package in packages), effect)
+        state, is_taken, words = _flash_attention_3()
+        told.append(words)
+        packages = [package for package in packages if is_taken or package != "flash_attn_3"]
+    taken = f"parallel.attention_backend takes {', '.join(map(repr, packages))}" if packages else ""
+    return Finding(name, state, found, "; ".join(filter(None, (taken, torchs, *told))))
 
 
-def _flash_attention_3() -> str:
-    """What FlashAttention-3 does on this machine, in words."""
+def _flash_attention_3() -> tuple[State, bool, str]:
+    """What FlashAttention-3 does on this machine: as meant or not, whether it is taken at all, and in words."""
     import torch
 
     from megavid.errors import ConfigError
@@ -270,14 +284,22 @@ def _flash_attention_3() -> str:
     from megavid.ops.block_attention_library import block_attention
 
     if not torch.cuda.is_available():
-        return "FlashAttention-3 needs a GPU"
-    device, width = torch.device("cuda", torch.cuda.current_device()), 128
+        return "on", True, "FlashAttention-3 needs a GPU"
     try:
+        device, width = torch.device("cuda", torch.cuda.current_device()), 128
         kernel = block_attention("flash_attn_3", device, torch.bfloat16, width)
-    except (ConfigError, *_BROKEN) as error:
-        return " ".join(str(error).split())[:160]
-    tried = "multiplies heads of 128 in eight bits, tried just now"
-    return tried if has_fp8_forward(kernel, device, width) else "attention in FP8 is turned back to wide numbers"
+        is_narrow = has_fp8_forward(kernel, device, width)
+    except ConfigError as error:
+        return "warn", False, str(error)
+    except _BROKEN as error:
+        return "warn", False, _line(error)
+    if is_narrow:
+        return "on", True, "FlashAttention-3 multiplies heads of 128 in eight bits, tried just now"
+    return (
+        "warn",
+        True,
+        "attention in FP8 is turned back to wide numbers, as FlashAttention-3 failed its trial just now",
+    )
 
 
 def _inference() -> Finding:

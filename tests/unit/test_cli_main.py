@@ -7,14 +7,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megavid import __version__, errors
 from megavid.cli import doctor, main
 from megavid.cli.help import config_help
 from megavid.cli.versions import VERSIONS, Versions
 from megavid.config.load import leaf_keys, load_run
+from megavid.ops import block_attention_fp8, block_attention_library, fp8_linear
+from tests.support.flash3 import stand_in
 
 
 def _command(monkeypatch: pytest.MonkeyPatch, run: Callable[[list[str]], int]) -> None:
@@ -119,9 +123,66 @@ def test_doctor_reports_every_probe(capsys: pytest.CaptureFixture[str]) -> None:
         "DeepSpeed",
         "DeepEP",
         "FP8",
-        "FlashAttention-3",
+        "attention",
     ):
         assert name in out
+
+
+def attention_row(monkeypatch: pytest.MonkeyPatch, generation: tuple[int, int] = (9, 0)) -> doctor.Finding:
+    """The row of a GPU of this compute capability, whose tensors are on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    example = block_attention_fp8.example
+    monkeypatch.setattr(block_attention_fp8, "example", lambda device, width: example(torch.device("cpu"), width))
+    monkeypatch.setattr(block_attention_library, "installed", lambda: frozenset({"aten", "flash_attn_3"}))
+    for cache in (block_attention_library._generation, block_attention_library._block_attention):
+        cache.cache_clear()
+    try:
+        return doctor._attention()
+    finally:
+        for cache in (block_attention_library._generation, block_attention_library._block_attention):
+            cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("generation", "failure", "state", "is_taken", "words"),
+    [
+        ((9, 0), None, "on", True, "FlashAttention-3 multiplies heads of 128 in eight bits, tried just now"),
+        ((8, 0), None, "warn", False, "this one has 8.0; set parallel.attention_backend to one of aten, cudnn, flash_attn, reference"),
+        ((9, 0), RuntimeError("does not support FP8"), "warn", True, "turned back to wide numbers"),
+        ((9, 0), torch.OutOfMemoryError("CUDA out of\nmemory"), "warn", False, "CUDA out of memory"),
+    ],
+)
+def test_doctor_says_what_flash_attention_3_does_here(
+    monkeypatch: pytest.MonkeyPatch,
+    generation: tuple[int, int],
+    failure: Exception | None,
+    state: str,
+    is_taken: bool,
+    words: str,
+) -> None:
+    with stand_in() as (kernel, _):
+        if failure is not None:
+            monkeypatch.setattr(type(kernel), "forward_fp8", lambda *_: _raising(failure)([]))
+        row = attention_row(monkeypatch, generation)
+    assert (row.state, row.found) == (state, "flash_attn_interface")
+    assert ("takes 'flash_attn_3'" in row.effect) == is_taken
+    assert words in row.effect
+
+
+def test_doctor_without_memory_has_rows_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fp8_linear, "multiplies_in_eight_bits", full)
+    row = doctor._fp8()
+    assert (row.state, row.found) == ("warn", "OutOfMemoryError: CUDA out of memory")
+    with stand_in():
+        monkeypatch.setattr(block_attention_fp8, "has_fp8_forward", full)
+        row = attention_row(monkeypatch)
+    assert row.state == "warn"
+    assert "CUDA out of memory" in row.effect
 
 
 def test_doctor_names_a_broken_package_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
