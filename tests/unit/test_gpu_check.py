@@ -97,16 +97,23 @@ def test_with_flash_attention_3_steps_in_fp8_are_timed_against_its_own_in_bf16(t
     assert names == ["dense_fa3.json", "dense_fa3_tensorwise.json", "dense_fa3_tensorwise_attention.json"]
 
 
-@pytest.mark.parametrize("has_steps", [False, True])
+@pytest.mark.parametrize(
+    ("has_fp8_forward", "words"),
+    [
+        (None, "was not timed: FlashAttention-3 cannot be used here"),
+        (True, "FP8 with attention is 1.50 times as fast as bf16"),
+        (False, "FP8 with attention turned back to wide numbers is 1.50 times as fast as bf16"),
+    ],
+)
 def test_the_page_says_how_much_faster_attention_in_fp8_is_or_that_it_was_not_timed(
-    tmp_path: Path, has_steps: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, has_fp8_forward: bool | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     attention_line = importlib.import_module("gpu_check").attention_line
-    if has_steps:
-        for name, seconds in (("", 3.0), ("_tensorwise_attention", 2.0)):
-            (tmp_path / f"step_dense_fa3{name}.json").write_text(json.dumps({"seconds": [seconds] * 3}))
-    words = "is 1.50 times as fast as bf16" if has_steps else "was not timed: FlashAttention-3 cannot be used here"
+    if has_fp8_forward is not None:
+        for name, seconds, is_narrow in (("", 3.0, False), ("_tensorwise_attention", 2.0, has_fp8_forward)):
+            step = {"seconds": [seconds] * 3, "has_fp8_forward": is_narrow}
+            (tmp_path / f"step_dense_fa3{name}.json").write_text(json.dumps(step))
     assert words in attention_line(tmp_path)
 
 
