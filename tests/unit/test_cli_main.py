@@ -149,7 +149,13 @@ def attention_row(monkeypatch: pytest.MonkeyPatch, generation: tuple[int, int] =
     ("generation", "failure", "state", "is_taken", "words"),
     [
         ((9, 0), None, "on", True, "FlashAttention-3 multiplies heads of 128 in eight bits, tried just now"),
-        ((8, 0), None, "warn", False, "this one has 8.0; set parallel.attention_backend to one of aten, cudnn, flash_attn, reference"),
+        (
+            (8, 0),
+            None,
+            "warn",
+            False,
+            "this one has 8.0; set parallel.attention_backend to one of aten, cudnn, flash_attn, reference",
+        ),
         ((9, 0), RuntimeError("does not support FP8"), "warn", True, "turned back to wide numbers"),
         ((9, 0), torch.OutOfMemoryError("CUDA out of\nmemory"), "warn", False, "CUDA out of memory"),
     ],

@@ -7,11 +7,14 @@ import torch
 
 from megavid.config.load import load_run
 from megavid.config.schema import PrecisionConfig, RunConfig
+from megavid.ops.block_attention import CAPABILITIES
 from megavid.ops.compiled import why_not_compiled
 from megavid.ops.fp8 import E4M3, amax_of, dequantize, quantize, quantize_tiles, scale_of
 from megavid.ops.fp8_ops import COMPILED_FP8, REFERENCE_FP8
 from megavid.plan.calibration import gpu_calibration
 from megavid.plan.fp8 import (
+    ATTENTION_HEADS,
+    ATTENTION_UNITS,
     FUSED,
     READ_AMAX,
     SCALE_AND_CUT,
@@ -35,6 +38,7 @@ from megavid.plan.time import stages_of, step_time
 from megavid.plan.traffic import traffic_of
 from megavid.plan.workload import Workload, workload_of_clip
 from tests.support.flagship import PLAIN
+from tests.support.flash3 import stand_in
 from tools.count_operators import OperatorCounter
 
 COMPILED = pytest.mark.skipif(bool(why_not_compiled()), reason=f"compiled ops: {why_not_compiled()}")
@@ -235,21 +239,31 @@ def test_attention_in_fp8_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "machine", "width", "units"),
+    ("backend", "machine", "width", "dtype", "units"),
     [
-        ("flash_attn_3", "h100-80gb", 128, "fp8"),
-        ("flash_attn_3", "h100-80gb", 40, "turned back"),  # no multiple of 16
-        ("flash_attn_3", "gb200", 128, "turned back"),
-        ("aten", "h100-80gb", 128, "turned back"),
+        ("flash_attn_3", "h100-80gb", 128, "bf16", "fp8"),
+        ("flash_attn_3", "h100-80gb", 128, "fp32", "turned back"),  # which the run refuses
+        ("flash_attn_3", "h100-80gb", 40, "bf16", "turned back"),  # no multiple of 16
+        ("flash_attn_3", "gb200", 128, "bf16", "turned back"),
+        ("aten", "h100-80gb", 128, "bf16", "turned back"),
     ],
 )
 def test_attention_multiplies_in_eight_bits_where_its_backend_does(
-    backend: str, machine: str, width: int, units: str
+    backend: str, machine: str, width: int, dtype: str, units: str
 ) -> None:
-    config = load_run("wan_14b", ["--precision.fp8", "tensorwise", *ATTENTION, "--parallel.attention_backend", backend])
+    flags = ("--parallel.attention_backend", backend, "--precision.dtype", dtype)
+    config = load_run("wan_14b", ["--precision.fp8", "tensorwise", *ATTENTION, *flags])
     config = replace(config, model=replace(config.model, num_heads=5120 // width))
     assert attention_units_of(config, hardware(machine)) == units
     assert attention_units_of(replace(config, precision=PrecisionConfig(fp8="tensorwise")), H100) == ""
+
+
+def test_the_plan_knows_which_heads_and_gpus_the_kernel_takes() -> None:
+    with stand_in() as (kernel, _):
+        assert kernel.fp8_head_multiple == ATTENTION_HEADS
+    generations = {"hopper": (9, 0)}
+    for backend, generation in ATTENTION_UNITS.items():
+        assert CAPABILITIES[backend, "cuda"].compute_capability == generations[generation]
 
 
 def test_attention_of_blocks_in_fp8_is_faster_there_and_slower_turned_back() -> None:
