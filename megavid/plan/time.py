@@ -126,7 +126,13 @@ def _stage(config: RunConfig, layout: Layout, workload: Workload, hardware: Hard
     products = _products(config, layout, workload, shapes, pp_rank, (dense, moe))
     products, roundings = _in_fp8(config, layout, hardware, products, pp_rank, (dense, moe))
     attention, rounding = _attention_in_fp8(
-        config, layout, hardware, _attention(config, layout, workload, layers), shapes, pp_rank, layers
+        config,
+        layout,
+        hardware,
+        _attention(config, layout, workload, layers),
+        rounded_tokens(layout, workload, shapes.span),
+        pp_rank,
+        layers,
     )
     return Stage(
         products=products,
@@ -226,14 +232,11 @@ def _attention_in_fp8(
     layout: Layout,
     hardware: Hardware,
     attention: tuple[Attention, ...],
-    shapes: Shapes,
+    rounded: float,
     pp_rank: int,
     layers: int,
 ) -> tuple[tuple[Attention, ...], tuple[Rounding, ...]]:
-    """The same attention with that of the stage's layers in FP8 apart, and the rounding of its operands.
-
-    In a ring every hop rounds its keys, and the queries once more; the rank's own keys are those of one hop.
-    """
+    """The same attention with that of the stage's layers in FP8 apart, and the rounding of ``rounded`` tokens."""
     units, narrow = attention_units_of(config, hardware), sum(fp8_layers_of_stage(config, layout, pp_rank))
     if not units or not narrow:
         return attention, ()
@@ -242,10 +245,23 @@ def _attention_in_fp8(
         share = narrow / layers if work.part == "self_attention" else 0.0
         parts = ((share, units), (1.0 - share, work.units))
         found += [replace(work, flops=work.flops * part, units=each) for part, each in parts if part > 0.0]
-    numbers = 3 * shapes.span * config.model.hidden_size / shapes.tp * shapes.ring
+    numbers = rounded * config.model.hidden_size / layout.tp
     size, is_fused = BYTES[config.precision.dtype], config.train.ops == "compiled"
     forward, backward = attention_rounding_bytes(units, numbers, size, is_fused=is_fused)
     return tuple(found), (Rounding("self_attention", narrow * forward, narrow * backward),)
+
+
+def rounded_tokens(layout: Layout, workload: Workload, span: int) -> float:
+    """Tokens that attention in FP8 rounds on a rank of ``span``, of queries, keys and values, once for each rectangle.
+
+    A clip's keys and values are rounded for each shard of its queries, and in a ring its queries for each shard of its
+    keys; all-gather has those in one rectangle. Each place where the ring cuts packs is inside of a clip as likely as
+    the clip is long.
+    """
+    plan = layout.context_plan
+    cuts = [(plan.ring - 1) * clip / workload.pack_tokens for clip in workload.clip_tokens]
+    mean = 1 + sum(clip * each for clip, each in zip(workload.clip_tokens, cuts)) / workload.tokens
+    return span * ((1.0 if plan.kind == "allgather" else mean) + 2 * mean)
 
 
 def _projections(model: ModelConfig, shapes: Shapes) -> tuple[Product, ...]:

@@ -1,5 +1,7 @@
 """FP8 in the plan: which products, on what units, what rounding moves, against arithmetic by hand and the operators."""
 
+import itertools
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -34,7 +36,7 @@ from megavid.plan.hardware import Hardware, hardware
 from megavid.plan.kernels import Attention, Machine, Product
 from megavid.plan.layout import Layout, layout_of
 from megavid.plan.memory import memory_of
-from megavid.plan.time import stages_of, step_time
+from megavid.plan.time import rounded_tokens, stages_of, step_time
 from megavid.plan.traffic import traffic_of
 from megavid.plan.workload import Workload, workload_of_clip
 from tests.support.flagship import PLAIN
@@ -284,6 +286,44 @@ def test_attention_of_blocks_in_fp8_is_faster_there_and_slower_turned_back() -> 
     shares = {(each.part, each.units): each.flops for each in work}
     assert shares.keys() == {("self_attention", "fp8"), ("self_attention", ""), ("cross_attention", "")}
     assert shares["self_attention", "fp8"] / shares["self_attention", ""] == pytest.approx(29 / 11)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "clips", "queries", "keys"),
+    [
+        ("ring", (1024,), 4.0, 4.0),
+        ("allgather", (1024,), 1.0, 4.0),
+        ("ulysses", (1024,), 1.0, 1.0),
+        ("ring", (256,) * 4, 1.75, 1.75),  # one of three cuts for three clips of four
+        ("allgather", (512, 256, 256), 1.0, 2.125),
+    ],
+)
+def test_tokens_of_attention_are_rounded_once_for_each_rectangle(
+    strategy: str, clips: tuple[int, ...], queries: float, keys: float
+) -> None:
+    flags = ["--parallel.tensor", "2", "--parallel.context", "4", "--parallel.context_strategy", strategy]
+    config = load_run("wan_14b", flags)
+    found = rounded_tokens(layout_of(config, 8), Workload(clips, 1024, 1, "test"), 256)
+    assert found == 256 * (queries + 2 * keys)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather"])
+@pytest.mark.parametrize("clips", [(96,), (13, 30, 5, 41, 7)])
+def test_rounded_tokens_are_those_of_the_rectangles(strategy: str, clips: tuple[int, ...]) -> None:
+    """Of a pack that is full; where clips begin is anywhere to the plan, hence the mean of all turns of their order."""
+    config = load_run("wan_14b", ["--parallel.context", "4", "--parallel.context_strategy", strategy])
+    planned = rounded_tokens(layout_of(config, 32), Workload(clips, 96, 1, "test"), 24)
+    shards = [(24 * i, 24 * i + 24) for i in range(4)]
+    counts = []
+    for turn in range(len(clips)):
+        ends = list(itertools.accumulate(clips[turn:] + clips[:turn]))
+        total = 0
+        for start, stop in zip([0, *ends], ends):
+            inside = [n for low, high in shards if (n := min(stop, high) - max(start, low)) > 0]
+            in_ring = sum(inside) * len(inside)
+            total += (in_ring if strategy == "ring" else sum(inside)) + 2 * in_ring
+        counts.append(total / 4)
+    assert planned == pytest.approx(statistics.mean(counts), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
