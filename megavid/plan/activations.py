@@ -311,7 +311,7 @@ def context_parallel_bytes(config: RunConfig, layout: Layout, workload: Workload
 
     Ulysses packs q, k and v once more to send them. A ring has the keys and values at hand and those that arrive, and
     backward their gradients in fp32 three times: this rank's part, what arrives, what is under way. The all-gather has
-    all ranks' keys and values, and backward their gradients in fp32.
+    all ranks' keys and values, and backward their gradients in fp32 beside those that the kernel gave.
     """
     plan, shapes = layout.context_plan, Shapes.of(config, layout, workload)
     width = shapes.span * config.model.hidden_size / shapes.tp
@@ -319,5 +319,5 @@ def context_parallel_bytes(config: RunConfig, layout: Layout, workload: Workload
     if plan.ring > 1 and plan.kind == "ring":
         total += 2 * width * (2 * shapes.narrow + 3 * WIDE)
     elif plan.ring > 1:
-        total += 2 * width * plan.ring * (shapes.narrow + WIDE)
+        total += 2 * width * plan.ring * (2 * shapes.narrow + WIDE)
     return round(total)

@@ -83,6 +83,8 @@ def test_peak_of_a_microbatch_is_planned_from_above(pool: RankPool, ops: str) ->
         for family, moe in (("wan", {}), ("wan_moe", {**GELU, "top_k": 8}), ("wan_moe", SWIGLU))
         for recompute in ("none", "selective", "full")
     ]
+    gathered = {"context": 16, "context_strategy": "allgather", "recompute": "selective"}
+    wanted.append(replace(wanted[0], parallel=gathered, clips=(768,), pack_tokens=768))
     for case, answer in zip(wanted, measure_on(pool, [("peak", (case,)) for case in wanted]), strict=True):
         ratio = sum(answer["planned"].values()) / answer["peak"]
         assert 0.97 < ratio < 1.25, (case, answer, ratio)

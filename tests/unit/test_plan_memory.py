@@ -87,7 +87,7 @@ def test_context_parallel_buffers_follow_the_strategy() -> None:
         workload = workload_of_clip(config, 81, 480, 832)
         sizes[strategy] = context_parallel_bytes(config, layout, workload)
         width = workload.pack_tokens // 8 * config.model.hidden_size
-        expected = {"ulysses": 3 * 2, "ring": 2 * (2 * 2 + 3 * 4), "allgather": 2 * 8 * (2 + 4)}
+        expected = {"ulysses": 3 * 2, "ring": 2 * (2 * 2 + 3 * 4), "allgather": 2 * 8 * (2 * 2 + 4)}
         assert sizes[strategy] == expected[strategy] * width
     assert context_parallel_bytes(flagship(), layout_of(flagship(), 1024), workload) == 0
 
