@@ -46,8 +46,12 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not of these kernels: references alone, threads of a CPU, and checks of numbers by the host."""
-    others = re.compile(rf"written_out|threads|{CHECKED_ON_DEVICE.pattern}")
+    """Leave out what is not of these kernels: references alone, threads of a CPU, and checks of numbers by the host.
+
+    And all that torch asks of an operator, which takes a second for each; gpu_emulator/device_checks.py asks what a
+    binding could have wrong.
+    """
+    others = re.compile(rf"written_out|threads|registered_as_torch|{CHECKED_ON_DEVICE.pattern}")
     out = [item for item in items if others.search(item.name)]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]

@@ -138,9 +138,9 @@ def test_operators_are_registered_as_torch_wants_them(op: str) -> None:
 @pytest.mark.parametrize(("groups", "top_groups", "top_k"), [(1, 1, 1), (1, 1, 8), (8, 3, 6), (4, 1, 12), (8, 2, 8)])
 def test_the_choice_is_the_references_with_ties_too(levels: int, groups: int, top_groups: int, top_k: int) -> None:
     generator = torch.Generator().manual_seed(levels)
-    scores = (torch.rand(3000, 64, generator=generator) * levels).round() / levels * 0.7 + 0.1
+    scores = (torch.rand(1100, 64, generator=generator) * levels).round() / levels * 0.7 + 0.1
     bias = (torch.rand(64, generator=generator) * levels).round() * 1e-2
-    bucket = torch.randint(-1, 4, (3000,), generator=generator)
+    bucket = torch.randint(-1, 4, (1100,), generator=generator)
     given = (scores, bias, bucket, 4, top_k, groups, top_groups, 1.5)
     probs, routing, counts = router_topk.router_topk_reference(*given)
     fast_probs, fast_routing, fast_counts = torch.ops.megavid.router_topk(*given)

@@ -37,6 +37,15 @@ def test_the_trial_before_a_run_passes(dtype: torch.dtype) -> None:
     assert block_ops("compiled", torch.device("cpu"), dtype) is COMPILED
 
 
+@pytest.mark.parametrize("op", [*test_ops_compiled.OPS, *test_ops_moe.OPS])
+def test_outputs_are_like_those_that_are_declared(op: str) -> None:
+    if op in test_ops_compiled.OPS:
+        function, (_, _, given) = operator(op), test_ops_compiled.make(op, 9, 2, 12, torch.float32)
+    else:
+        _, function, given = test_ops_moe.make(op, 9, 8, 12, torch.float32)
+    torch.library.opcheck(function.default, given, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("op", test_ops_compiled.OPS)
 def test_the_order_of_blocks_and_warps_changes_nothing(op: str) -> None:
     _, _, given = test_ops_compiled.make(op, 200, 4, 96, torch.float32)
